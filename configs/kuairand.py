@@ -1,0 +1,119 @@
+"""HSTU Match on KuaiRand, the data set of the reference's sample configuration.
+
+    python -m hstu_jax.train --config=configs/kuairand.py           # generated sample, on a CPU
+    python -m hstu_jax.train --config=configs/kuairand.py:subset    # prepared real rows
+
+Variants after the colon: `sample` (default), `subset`, `1k`, `pure`, `27k` (prepared real data: the
+error for missing data has the command that makes it) and `seed` (the reference's sample
+configuration at its full size: 512 wide, 3 layers, 4096 items, 10 M buckets; needs a GPU).
+"""
+
+import ml_collections
+
+from hstu_jax.config import model_schema, resolve, schema
+
+_CONTEXTUAL = {
+    "user_id": None,  # as many buckets as users
+    "user_active_degree": 8,
+    "follow_user_num_range": 9,
+    "fans_user_num_range": 9,
+    "friend_user_num_range": 8,
+    "register_days_range": 8,
+}
+# variant -> (folder, users, items): the bucket counts of user_id and video_id
+_DATA = {
+    "sample": ("data/kuairand_sample", 8_192, 16_384),
+    "subset": ("data/kuairand_subset", 1_024, 16_384),
+    "1k": ("data/kuairand_1k", 1_024, 4_400_000),
+    "pure": ("data/kuairand_pure", 27_500, 7_600),
+    "27k": ("data/kuairand_27k", 27_500, 32_100_000),
+    "seed": ("data/kuairand_27k", 10_000_000, 10_000_000),
+}
+
+
+def get_config(variant: str = "sample") -> ml_collections.ConfigDict:
+    """The configuration of one variant.
+
+    Args:
+        variant: a name of the module docstring; "" is `sample`.
+    """
+    variant = variant or "sample"
+    if variant not in _DATA:
+        raise ValueError(f"variant={variant!r}: unknown; available: {', '.join(_DATA)}.")
+    folder, users, items = _DATA[variant]
+    c = resolve.defaults()
+    c.workdir = f"runs/kuairand_{variant}"
+    c.data.path = folder
+    if variant == "seed":
+        _features(c, users=users, items=items, item_dim=512, contextual_dim=32)
+        _seed(c)
+    else:
+        _features(c, users=users, items=items, item_dim=64, contextual_dim=16)
+        _small(c)
+        if variant == "sample":
+            c.data.source = "sample"
+    return c
+
+
+def _features(c, *, users: int, items: int, item_dim: int, contextual_dim: int) -> None:
+    video = schema.IdFeature(
+        num_buckets=items, embedding_dim=item_dim, embedding_name="video_id_emb"
+    )
+    features = {"uih_seq__video_id": video, "cand_seq__video_id": video}
+    for name, buckets in _CONTEXTUAL.items():
+        features[name] = schema.IdFeature(
+            num_buckets=buckets or users, embedding_dim=contextual_dim
+        )
+    with c.unlocked():
+        c.features = {name: resolve.section(feature) for name, feature in features.items()}
+        c.feature_groups = dict(
+            contextual=tuple(_CONTEXTUAL),
+            uih=("uih_seq__video_id",),
+            candidate=("cand_seq__video_id",),
+            uih_action=("uih_seq__action_weight",),
+            uih_watchtime=("uih_seq__watch_time",),
+            uih_timestamp=("uih_seq__action_timestamp",),
+            query_time=("request_time",),
+        )
+
+
+def _small(c) -> None:
+    """A small model that trains in minutes on two CPU cores."""
+    stu = c.model.user_tower.hstu.stu
+    stu.embedding_dim, stu.num_heads, stu.hidden_dim, stu.attention_dim = 64, 4, 16, 16
+    stu.output_dropout_ratio, stu.use_group_norm, stu.qk_bias_init = 0.1, True, 1.0
+    hstu = c.model.user_tower.hstu
+    hstu.input_dropout_ratio, hstu.attn_num_layers = 0.1, 2
+    c.model.user_tower.max_seq_len = 128
+    c.model.item_tower.mlp = resolve.section(
+        model_schema.MlpConfig(hidden_units=(64,), activation="")
+    )
+    c.model.similarity, c.model.temperature = "COSINE", 0.1
+    c.data.negative_sampler.num_sample = 512
+    c.train.num_epochs = 8
+    c.train.dense_optimizer.lr, c.train.dense_optimizer.beta2 = 4e-3, 0.98
+    c.train.sparse_optimizer.lr = 1.0
+    c.train.dense_optimizer.learning_rate.schedule = "cosine"
+    c.train.sparse_optimizer.learning_rate.schedule = "cosine"
+
+
+def _seed(c) -> None:
+    """The reference's sample configuration; what it leaves open is its documented default."""
+    hstu = c.model.user_tower.hstu
+    stu = hstu.stu
+    stu.embedding_dim, stu.num_heads, stu.hidden_dim, stu.attention_dim = 512, 4, 128, 128
+    stu.output_dropout_ratio, stu.use_group_norm = 0.1, True
+    hstu.input_dropout_ratio, hstu.attn_num_layers = 0.2, 3
+    hstu.positional_encoder.num_position_buckets = 8192
+    hstu.positional_encoder.num_time_buckets = 2048
+    c.model.user_tower.max_seq_len = 4096
+    c.model.item_tower.mlp = resolve.section(
+        model_schema.MlpConfig(hidden_units=(512,), activation="")
+    )
+    c.model.similarity, c.model.temperature = "COSINE", 0.05
+    c.loss.log_q_correction = False
+    c.data.negative_sampler.num_sample = 128
+    c.data.batch_size = 64
+    c.train.num_epochs = 1
+    c.train.dense_optimizer.lr, c.train.dense_optimizer.beta2 = 1e-3, 0.98
+    c.train.sparse_optimizer.lr = 1e-3

@@ -1,0 +1,1 @@
+"""HSTU Match: two-tower retrieval in JAX. See README.md for the path of the data."""

@@ -1,0 +1,34 @@
+"""The one form of a configuration error: `<path>=<value>: <rule broken>; <what to do>`.
+
+`schema.py` raises it with the field's name; `resolve.py` puts the path of the section in front.
+"""
+
+
+class ConfigError(ValueError):
+    """A field with a value that breaks a rule.
+
+    Args:
+        field: name or dotted path of the field.
+        value: what it holds.
+        rule: the rule it breaks.
+        advice: what to do about it, or "".
+    """
+
+    def __init__(self, field: str, value: object, rule: str, advice: str = ""):
+        self.field, self.value, self.rule, self.advice = field, value, rule, advice
+        super().__init__(f"{field}={value!r}: {rule}" + (f"; {advice}." if advice else "."))
+
+    def inside(self, section: str) -> "ConfigError":
+        """The same error with `section` in front of the field."""
+        return ConfigError(f"{section}.{self.field}", self.value, self.rule, self.advice)
+
+
+def require(condition: bool, field: str, value: object, rule: str, advice: str = "") -> None:
+    """Raises `ConfigError` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(field, value, rule, advice)
+
+
+def require_ratio(field: str, value: float) -> None:
+    """Raises `ConfigError` unless `value` is a probability below 1."""
+    require(0 <= value < 1, field, value, "must be in [0, 1)")

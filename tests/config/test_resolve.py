@@ -1,0 +1,158 @@
+"""Configurations: every wrong field is refused with its path, value, rule and what to do."""
+
+import subprocess
+import sys
+
+import pytest
+
+from configs import kuairand
+from hstu_jax.config import resolve, schema
+
+
+def config_with(path, value, variant="sample"):
+    raw = kuairand.get_config(variant)
+    *sections, name = path.split(".")
+    section = raw
+    for part in sections:
+        section = section[part]
+    with section.ignore_type():
+        section[name] = value
+    return resolve.resolve(raw)
+
+
+def test_values_arrive():
+    config = config_with("model.temperature", 0.2)
+    assert config.model.temperature == 0.2
+    assert isinstance(config, schema.Config)
+    assert config.num_contextual == 6
+    assert config.embedding_names["uih_seq__video_id"] == "video_id_emb"
+    assert config.embedding_names["user_id"] == "user_id_emb"
+
+
+def test_an_integer_is_a_float():
+    assert config_with("model.temperature", 1).model.temperature == 1.0
+
+
+def test_misspelt_field_in_a_config_file_names_the_nearest():
+    raw = kuairand.get_config()
+    with pytest.raises(AttributeError, match="Did you mean .*num_steps"):
+        raw.train.num_stepz = 3
+
+
+def test_unknown_field_of_a_feature_names_the_nearest():
+    raw = kuairand.get_config()
+    with raw.unlocked():
+        raw.features.user_id.num_bucket = 4
+    expected = (
+        r"features\.user_id\.num_bucket=4: there is no such field; did you mean 'num_buckets'"
+    )
+    with pytest.raises(ValueError, match=expected):
+        resolve.resolve(raw)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.temperature", -1.0, r"model\.temperature=-1\.0: must be positive\."),
+        ("model.user_tower.max_seq_len", 0, r"max_seq_len=0: must be positive"),
+        ("model.user_tower.hstu.input_dropout_ratio", 1.0, r"=1\.0: must be in \[0, 1\)"),
+        ("model.user_tower.hstu.stu.scaling_seqlen", 0, r"scaling_seqlen=0: would divide by zero"),
+        ("model.user_tower.hstu.stu.num_heads", -4, r"stu\.num_heads=-4: must be positive"),
+        (
+            "model.user_tower.hstu.stu.embedding_dim",
+            32,
+            r"hidden_units=64: the item tower's width must equal .*embedding_dim=32; .*output_dim",
+        ),
+        ("data.row_lens", (64, 134), r"row_lens=\(64, 134\): is read by layout='padded' only"),
+        ("data.tokens_per_group", 10, r"tokens_per_group=10: must hold at least one user"),
+        ("train.num_epochs", 0, r"train\.num_steps=0: needs num_steps or num_epochs"),
+        ("eval.top_k", (), r"eval\.top_k=\(\): must be one or more"),
+        ("train.dense_optimizer.beta2", 1.5, r"beta2=1\.5: must be in \[0, 1\)"),
+        (
+            "data.negative_sampler.item_id_field",
+            "video_id",
+            r"item_id_field='video_id': must be one of feature_groups\.candidate",
+        ),
+    ],
+)
+def test_a_value_that_breaks_a_rule(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        config_with(path, value)
+
+
+def test_unknown_choice_lists_the_choices():
+    expected = (
+        r"model\.similarity='COSIN': unknown choice; did you mean 'COSINE'\? available: 'COSINE'"
+    )
+    with pytest.raises(ValueError, match=expected):
+        config_with("model.similarity", "COSIN")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train.num_steps", 1.5, r"train\.num_steps=1\.5: must be of type int, not float"),
+        ("eval.exclude_seen", 1, r"eval\.exclude_seen=1: must be of type bool, not int"),
+        ("workdir", 3, r"workdir=3: must be of type str, not int"),
+        ("eval.top_k", 5, r"eval\.top_k=5: must be a tuple, not int"),
+        ("model.item_tower", 5, r"model\.item_tower=5: must be a section with fields"),
+    ],
+)
+def test_wrong_type(path, value, message):
+    with pytest.raises(TypeError, match=message):
+        config_with(path, value)
+
+
+def test_groups_must_name_known_features():
+    expected = r"feature_groups\.uih=\('nope',\): names 'nope', which features does not describe"
+    with pytest.raises(ValueError, match=expected):
+        config_with("feature_groups.uih", ("nope",))
+
+
+def test_groups_must_be_groups_of_the_model():
+    raw = kuairand.get_config()
+    with raw.unlocked():
+        raw.feature_groups.uhi = ("user_id",)
+    with pytest.raises(
+        ValueError, match=r"feature_groups\.uhi=.*is not a group that the model reads"
+    ):
+        resolve.resolve(raw)
+
+
+def test_a_needed_group_must_be_there():
+    with pytest.raises(ValueError, match=r"feature_groups\.uih_action=\(\): must name a feature"):
+        config_with("feature_groups.uih_action", ())
+
+
+def test_features_of_one_table_must_agree():
+    expected = r"embedding_name='video_id_emb': shares a table with features\."
+    with pytest.raises(ValueError, match=expected):
+        config_with("features.cand_seq__video_id.num_buckets", 5)
+
+
+def test_contextual_features_must_be_equally_wide():
+    with pytest.raises(
+        ValueError, match=r"feature_groups\.contextual=.*must have one embedding_dim"
+    ):
+        config_with("features.user_id.embedding_dim", 8)
+
+
+def test_action_mlp_and_encoder_come_together():
+    expected = r"uih_preprocessor\.action_mlp=None: must be set exactly when action_encoder is"
+    with pytest.raises(ValueError, match=expected):
+        config_with("model.user_tower.hstu.input_preprocessor.uih_preprocessor.action_mlp", None)
+
+
+def test_groups_divide_the_batch():
+    raw = kuairand.get_config()
+    raw.data.batch_size, raw.data.num_groups = 10, 4
+    with pytest.raises(ValueError, match=r"batch_size=10: must be a multiple .*; try 12"):
+        resolve.resolve(raw)
+
+
+def test_a_configuration_loads_without_jax():
+    code = (
+        "import sys; from configs import kuairand; from hstu_jax.config import resolve;"
+        "resolve.resolve(kuairand.get_config()); assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,42 @@
+"""Settings shared by all tests: two CPU devices, strict ranks, checked annotations.
+
+The jaxtyping import hook checks every annotated array shape in both packages at run time. Folder
+fixtures for the recorded reference numbers and the real data sets live here too; nothing else does.
+"""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# The hook stays on for the whole session: modules are imported as the tests ask for them.
+install_import_hook(["hstu_jax", "pallas_kernels"], "beartype.beartype")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> pathlib.Path:
+    """Folder of the reference's recorded numbers (`HSTU_GOLDEN_DIR`)."""
+    folder = pathlib.Path(os.environ.get("HSTU_GOLDEN_DIR", _ROOT.parent / "shared" / "golden"))
+    if not folder.is_dir():
+        pytest.skip(f"no recorded reference numbers at {folder}; set HSTU_GOLDEN_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data_dir() -> pathlib.Path:
+    """Folder of the real data sets (`HSTU_DATA_DIR`)."""
+    folder = pathlib.Path(os.environ.get("HSTU_DATA_DIR", _ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set HSTU_DATA_DIR")
+    return folder
