@@ -1,0 +1,76 @@
+"""Command line that makes an event store: `python -m hstu_jax.prepare sample|kuairand ...`.
+
+Here: flags to options to one call. The work is in `data/sample.py` and `data/kuairand.py`. jax is
+not imported, so the command starts at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from hstu_jax.data import kuairand, sample, sample_world, summary, windowing
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the flags, prepares the data and prints a summary.
+
+    Args:
+      argv: flags; None for the command line's.
+
+    Raises:
+      SystemExit: wrong flags or refused input; the message says what to do.
+    """
+    parser = argparse.ArgumentParser(prog="python -m hstu_jax.prepare", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = sample_world.SampleOptions()
+    from_seed = commands.add_parser("sample", help="the generated sample in KuaiRand's shape")
+    from_raw = commands.add_parser("kuairand", help="KuaiRand's official CSV files")
+    for size in ("seed", "num_users", "num_items", "num_days"):
+        from_seed.add_argument(f"--{size}", type=int, default=getattr(defaults, size))
+    from_raw.add_argument("--raw_dir", required=True, help="folder of the CSV files")
+    from_raw.add_argument("--include_random", action="store_true", help="read log_random_* too")
+    share = kuairand.KuaiRandOptions().max_bad_watch_share
+    from_raw.add_argument("--max_bad_watch_share", type=float, default=share)
+    for command in (from_seed, from_raw):
+        _add_common_flags(command)
+    flags = parser.parse_args(argv)
+    try:
+        windows = windowing.WindowOptions(
+            mode=flags.window_mode,
+            window_events=flags.window_events,
+            positive_actions=tuple(flags.positive_actions),
+            max_positives=flags.max_positives,
+            min_history=flags.min_history,
+        )
+        common = {"item_weight_exponent": flags.item_weight_exponent, "windows": windows}
+        if flags.command == "sample":
+            sizes = {n: getattr(flags, n) for n in ("seed", "num_users", "num_items", "num_days")}
+            options = sample_world.SampleOptions(**sizes, **common)
+            store = sample.prepare(flags.out_dir, options=options, overwrite=flags.overwrite)
+        else:
+            raw_options = kuairand.KuaiRandOptions(
+                include_random=flags.include_random,
+                max_bad_watch_share=flags.max_bad_watch_share,
+                **common,
+            )
+            store = kuairand.prepare(
+                flags.raw_dir, flags.out_dir, options=raw_options, overwrite=flags.overwrite
+            )
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(summary.describe(store))
+
+
+def _add_common_flags(command: argparse.ArgumentParser) -> None:
+    rules = windowing.WindowOptions()
+    command.add_argument("--out_dir", required=True, help="folder to make")
+    command.add_argument("--overwrite", action="store_true", help="replace an event store there")
+    command.add_argument("--window_mode", choices=("day", "events"), default=rules.mode)
+    command.add_argument("--window_events", type=int, default=rules.window_events)
+    command.add_argument("--positive_actions", nargs="+", default=rules.positive_actions)
+    command.add_argument("--max_positives", type=int, default=rules.max_positives)
+    command.add_argument("--min_history", type=int, default=rules.min_history)
+    command.add_argument("--item_weight_exponent", type=float, default=0.0)
+
+
+if __name__ == "__main__":
+    main()
