@@ -1,0 +1,78 @@
+"""The weights of the negative sampler: from training counts, or from an item table file's text.
+
+Here: the reference's tab-separated `id:int64 weight:float attrs:string` table -> one weight per
+item_index. Not here: opening the file (`pipeline.py`), writing one (`hstu_jax.data`) and drawing
+(`negatives.py`, the next file on the path).
+"""
+
+import io
+
+import numpy as np
+from jaxtyping import Float, Int
+
+_HEADER = ("id:int64", "weight:float", "attrs:string")
+
+
+def train_count_weights(
+    train_count: Int[np.ndarray, "N"], *, exponent: float
+) -> Float[np.ndarray, "N"]:
+    """train_count ** exponent, and 0 for items without a training event.
+
+    Args:
+        train_count: training events of each item.
+        exponent: 0 = uniform over the items that have events.
+    """
+    counts = train_count.astype(np.float64)
+    return np.where(counts > 0, np.maximum(counts, 1.0) ** exponent, 0.0)
+
+
+def table_weights(file: io.TextIOBase, *, num_items: int, path: str) -> Float[np.ndarray, "N"]:
+    """Reads one weight per item_index from an item table; items without a line get 0.
+
+    The `attrs` column is not read: an item's features are columns of the event store.
+
+    Args:
+        file: the open table.
+        num_items: N, size of the catalogue; ids are item indices below it.
+        path: shown in messages.
+
+    Raises:
+        ValueError: another header, a line that is not an id and a weight, an id outside the
+            catalogue or on two lines.
+
+    Source: FACTS README family H, "Input files".
+    """
+    header = file.readline().rstrip("\r\n").split("\t")
+    if tuple(header) != _HEADER:
+        raise ValueError(
+            f"{path} line 1: header {header}: must be {list(_HEADER)}, separated by tabs; "
+            "`python -m hstu_jax.prepare` writes such a file as item_table.tsv."
+        )
+    lines = [line for line in file if line.strip()]
+    try:
+        table = np.loadtxt(
+            lines or ["0\t0\t"],
+            dtype=[("id", np.int64), ("weight", np.float64)],
+            delimiter="\t",
+            usecols=(0, 1),
+            comments=None,
+            ndmin=1,
+        )[: len(lines)]
+    except ValueError as error:
+        raise ValueError(f"{path}: a line is not `id<TAB>weight<TAB>attrs` ({error}).") from error
+    ids = table["id"]
+    _refuse((ids < 0) | (ids >= num_items), ids, path, f"outside 0..{num_items - 1} of the items")
+    is_repeat = np.ones(len(ids), dtype=bool)
+    is_repeat[np.unique(ids, return_index=True)[1]] = False
+    _refuse(is_repeat, ids, path, "on an earlier line already")
+    weights = np.zeros(num_items)
+    weights[ids] = table["weight"]
+    return weights
+
+
+def _refuse(bad: np.ndarray, ids: np.ndarray, path: str, rule: str) -> None:
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise ValueError(
+            f"{path} entry {at + 1}: id={ids[at]}: {rule} ({int(bad.sum())} such lines in all)."
+        )

@@ -1,0 +1,234 @@
+"""Windows -> rows of segments -> `Batch`: the values, gathered by position without a token loop.
+
+Here: slots, ids, actions, time gaps, positives, negatives and the attention schedule of a global
+batch. Not here: which windows come together (`windows.py`) and when a batch is made
+(`pipeline.py`, the next file on the path).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from hstu_jax.data import event_store
+from hstu_jax.features.batch import Batch, BatchShape
+from hstu_jax.features.columns import BatchColumns
+from hstu_jax.features.negatives import NegativeSampler
+from hstu_jax.features.windows import GroupPlan
+from pallas_kernels.hstu_attention import layout as attention_layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSource:
+    """Everything a batch is made from, but the windows.
+
+    Attributes:
+        store: windows and events.
+        columns: which columns go where.
+        sampler: negatives and log probabilities.
+        num_contextual: C, contextual slots in front of every history.
+        max_seq_len: history items kept, the newest.
+        rule: the attention mask, for the block schedule.
+    """
+
+    store: event_store.EventStore
+    columns: BatchColumns
+    sampler: NegativeSampler
+    num_contextual: int
+    max_seq_len: int
+    rule: attention_layout.MaskRule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Segments:
+    """The users of a global batch in slot order, one entry each."""
+
+    window: np.ndarray
+    group: np.ndarray
+    slot: np.ndarray  # group * U + user slot
+    start: np.ndarray  # first token slot within the group
+    number: np.ndarray  # group * U + place in the group's list of windows
+
+
+def build_batch(
+    groups: Sequence[GroupPlan],
+    *,
+    source: BatchSource,
+    shape: BatchShape,
+    group_rng: Callable[[int], np.random.Generator],
+) -> tuple[Batch, Int[np.ndarray, "G U"]]:
+    """Makes a global batch of group plans; a pure function of its arguments.
+
+    User slots of a group are ordered by their segment's start, queries by user slot and then by
+    time. `user_index` numbers users by the group's list of windows, so it is the same for packed
+    and padded rows.
+
+    Args:
+        groups: plans of at most `shape.groups` groups; the missing ones stay empty.
+        source: data and rules.
+        shape: sizes of the batch; every plan must fit.
+        group_rng: generator for the negatives of a group.
+
+    Returns:
+        The batch, and the window number of every user slot (-1 = unused).
+    """
+    segments = _order_segments(groups, shape)
+    windows = source.store.windows
+    window = segments.window
+    batch_arrays = _segment_arrays(segments, source, shape)
+    batch_arrays |= _block_schedule(batch_arrays, source, shape)
+    batch_arrays |= _history_arrays(segments, source, shape)
+    users = windows.user_index[window]
+    batch_arrays["contextual"] = {
+        name: _scatter(shape.groups, shape.users, np.int32, segments.slot, column[users])
+        for name, column in source.columns.contextual.items()
+    }
+    positives, positive_arrays = _positive_arrays(segments, source, shape)
+    batch_arrays |= positive_arrays
+    batch_arrays |= _negative_arrays(positives, source, shape, group_rng)
+    window_index = np.full(shape.groups * shape.users, -1, dtype=np.int64)
+    window_index[segments.slot] = window
+    batch = Batch(**batch_arrays, block_len=shape.block_len)
+    return batch, window_index.reshape(shape.groups, shape.users)
+
+
+def _order_segments(groups: Sequence[GroupPlan], shape: BatchShape) -> _Segments:
+    sizes = np.array([len(plan.windows) for plan in groups], dtype=np.int64)
+    group = np.repeat(np.arange(len(groups)), sizes)
+    window = np.concatenate([np.empty(0, np.int64), *(plan.windows for plan in groups)])
+    start = np.concatenate([np.empty(0, np.int64), *(plan.starts for plan in groups)])
+    place = _ranges(np.zeros_like(sizes), sizes)
+    order = np.lexsort((place, start, group))
+    return _Segments(
+        window=window[order],
+        group=group,
+        slot=group * shape.users + place,
+        start=start[order],
+        number=group * shape.users + place[order],
+    )
+
+
+def _segment_arrays(segments: _Segments, source: BatchSource, shape: BatchShape) -> dict:
+    lengths = _history_lengths(segments, source) + source.num_contextual
+    size = (shape.groups, shape.users)
+    starts = np.full(size, shape.rows * shape.row_len, dtype=np.int32)
+    starts.reshape(-1)[segments.slot] = segments.start
+    return {
+        "segment_starts": starts,
+        "segment_lengths": _scatter(*size, np.int32, segments.slot, lengths),
+        "user_index": _scatter(*size, np.int32, segments.slot, segments.number),
+        "user_mask": _scatter(*size, np.bool_, segments.slot, True),
+    }
+
+
+def _block_schedule(segment_arrays: dict, source: BatchSource, shape: BatchShape) -> dict:
+    capacity = shape.block_pairs
+    pairs = np.zeros((shape.groups, capacity, 3), dtype=np.int32)
+    counts = np.zeros(shape.groups, dtype=np.int32)
+    for group in range(shape.groups):
+        pairs[group], counts[group] = attention_layout.build_block_pairs(
+            segment_arrays["segment_starts"][group],
+            segment_arrays["segment_lengths"][group],
+            num_rows=shape.rows,
+            row_len=shape.row_len,
+            block_len=shape.block_len,
+            rule=source.rule,
+            max_pairs=capacity,
+        )
+    return {"block_pairs": pairs, "num_block_pairs": counts}
+
+
+def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape) -> dict:
+    columns, windows = source.columns, source.store.windows
+    lengths = _history_lengths(segments, source)
+    end = windows.history_end[segments.window]
+    first_slot = segments.group * (shape.rows * shape.row_len) + segments.start
+    token_slot = _ranges(first_slot + source.num_contextual, lengths)
+    event = _ranges(end - lengths, lengths)
+    size = (shape.groups, shape.rows * shape.row_len)
+
+    def fill(column: np.ndarray | None, dtype: type) -> np.ndarray:
+        values = 0 if column is None else column[event]
+        return _scatter(*size, dtype, token_slot, values).reshape(
+            shape.groups, shape.rows, shape.row_len
+        )
+
+    if columns.request_time_s is not None:
+        anchor = columns.request_time_s[segments.window]
+    else:
+        # The newest event is the anchor (FACTS 3), and 0 where the history is empty.
+        anchor = np.zeros(len(end), dtype=np.int64)
+        has_history = lengths > 0
+        anchor[has_history] = columns.timestamp_s[end[has_history] - 1]
+    # int64 until the difference is taken: float32 holds Unix seconds to 128 s only.
+    gap = np.zeros(size, dtype=np.float32)
+    gap.reshape(-1)[token_slot] = np.repeat(anchor, lengths) - columns.timestamp_s[event]
+    contextual_slot = first_slot[:, None] + np.arange(source.num_contextual)
+    gap.reshape(-1)[contextual_slot] = anchor[:, None]
+    return {
+        "history": {name: fill(column, np.int32) for name, column in columns.history.items()},
+        "action": fill(columns.action, np.int32),
+        "watch_time_s": fill(columns.watch_time_s, np.float32),
+        "time_gap_s": gap.reshape(shape.groups, shape.rows, shape.row_len),
+    }
+
+
+def _positive_arrays(
+    segments: _Segments, source: BatchSource, shape: BatchShape
+) -> tuple[list[np.ndarray], dict]:
+    """Positives of each group as item indices, and the arrays of a batch about them."""
+    windows = source.store.windows
+    first = windows.positive_offsets[segments.window]
+    counts = windows.positive_offsets[segments.window + 1] - first
+    item = source.store.events.item_index[windows.positive_events[_ranges(first, counts)]]
+    group = np.repeat(segments.group, counts)
+    group_counts = np.bincount(group, minlength=shape.groups)
+    slot = _ranges(np.arange(shape.groups) * shape.queries, group_counts)
+    size = (shape.groups, shape.queries)
+    user = np.repeat(segments.slot - segments.group * shape.users, counts)
+    positives = np.split(item, np.cumsum(group_counts)[:-1])
+    return positives, {
+        "positive": {
+            name: _scatter(*size, np.int32, slot, item) for name in source.columns.candidate
+        },
+        "positive_user": _scatter(*size, np.int32, slot, user),
+        "query_mask": _scatter(*size, np.bool_, slot, True),
+        "positive_log_q": _scatter(*size, np.float32, slot, source.sampler.log_q(item)),
+    }
+
+
+def _negative_arrays(
+    positives: list[np.ndarray],
+    source: BatchSource,
+    shape: BatchShape,
+    group_rng: Callable[[int], np.random.Generator],
+) -> dict:
+    drawn = np.empty((shape.groups, shape.negatives), dtype=np.int32)
+    for group, excluded in enumerate(positives):
+        drawn[group] = source.sampler.draw(group_rng(group), num=shape.negatives, excluded=excluded)
+    log_q = source.sampler.log_q(drawn.reshape(-1)).reshape(drawn.shape)
+    return {
+        "negative": {name: drawn.copy() for name in source.columns.candidate},
+        "negative_log_q": log_q,
+    }
+
+
+def _history_lengths(segments: _Segments, source: BatchSource) -> np.ndarray:
+    windows = source.store.windows
+    history = windows.history_end[segments.window] - windows.history_start[segments.window]
+    return np.minimum(history, source.max_seq_len)
+
+
+def _scatter(rows: int, width: int, dtype: type, slot: np.ndarray, values) -> np.ndarray:
+    """Zeros [rows, width] with `values` at flat positions `slot`."""
+    array = np.zeros((rows, width), dtype=dtype)
+    array.reshape(-1)[slot] = values
+    return array
+
+
+def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """first[i], first[i] + 1, ... counts[i] numbers, for every i, one after the other."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(first - ends + counts, counts)

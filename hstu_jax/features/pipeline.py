@@ -1,0 +1,390 @@
+"""(config, store, seed, step) -> `HostBatch`, made ahead in a background thread.
+
+Here: `Pipeline`, whose batches are pure functions of the step, and the prefetch on to the device.
+The position is the step; nothing else is saved. Not here: the contents of a batch (`packing.py`)
+and where its shards live (`hstu_jax.training`, which passes `device_put`).
+"""
+
+import dataclasses
+import functools
+import pathlib
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from hstu_jax.config import schema
+from hstu_jax.data import event_store
+from hstu_jax.data import schema as data_schema
+from hstu_jax.features import (
+    columns,
+    item_weights,
+    negatives,
+    packing,
+    random_streams,
+    shapes,
+    windows,
+)
+from hstu_jax.features.batch import Batch, BatchShape
+from pallas_kernels.hstu_attention import layout as attention_layout
+
+_POLL_S = 0.05  # how often a full queue looks whether its reader has stopped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostBatch:
+    """A batch with what the host needs to know about it; never enters a compiled function.
+
+    Attributes:
+        batch: on the host, or on the device after `iterate(device_put=...)`.
+        shape: its static sizes.
+        window_index: window number in the store of every user slot, -1 where unused.
+        step: step of the run (of the evaluation), from 0.
+        epoch: epoch of the step, from 0.
+        num_users: users in use.
+        num_tokens: slots in use, contextual ones included.
+        num_queries: positives.
+    """
+
+    batch: Batch
+    shape: BatchShape
+    window_index: Int[np.ndarray, "G U"]
+    step: int
+    epoch: int
+    num_users: int
+    num_tokens: int
+    num_queries: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineStats:
+    """Counts of one epoch.
+
+    Attributes:
+        windows: windows, each in exactly one batch.
+        queries: positives.
+        tokens: slots in use, contextual ones included.
+        slots: slots of all batches; tokens / slots is the share that is not padding.
+        steps: batches.
+        truncated_windows: windows that lost their oldest items to `max_seq_len`.
+        dropped_tokens: items they lost.
+        empty_histories: windows without any history item.
+    """
+
+    windows: int
+    queries: int
+    tokens: int
+    slots: int
+    steps: int
+    truncated_windows: int
+    dropped_tokens: int
+    empty_histories: int
+
+
+class Pipeline:
+    """Batches of one split; `batch_at(step)` depends on (config, store, step) only.
+
+    Args:
+        config: reads `seed`, `features`, `feature_groups`, `data` and, of the model, the history
+            length, the attention window and nothing else.
+        store: the opened event store.
+        split: "train", "validation" or "test".
+        order: "shuffled" = a new order every epoch; "stored" = every epoch in the store's order,
+            with negatives that depend neither on the seed nor on the epoch (evaluation).
+
+    Attributes:
+        source: what batches are made from; with `packing.build_batch`, for windows of one's choice.
+
+    Raises:
+        ValueError: a feature has no column, ids do not fit their table, the split has no window,
+            a window has more positives than a group may have, or sampler weights are wrong.
+        FileNotFoundError: `negative_sampler.input_path` names no file.
+    """
+
+    def __init__(
+        self,
+        config: schema.Config,
+        store: event_store.EventStore,
+        *,
+        split: str = "train",
+        order: Literal["shuffled", "stored"] = "shuffled",
+    ):
+        self._config, self._store, self._order = config, store, order
+        self._evaluations: dict[str, Pipeline] = {}  # made once per split: it checks all ids
+        max_seq_len = config.model.user_tower.max_seq_len
+        self._windows = windows.split_windows(
+            store, split=split, num_contextual=config.num_contextual, max_seq_len=max_seq_len
+        )
+        self._shapes = _shapes_of(config, store, is_evaluation=order == "stored")
+        self.source = packing.BatchSource(
+            store=store,
+            columns=columns.resolve_columns(
+                features=config.features, feature_groups=config.feature_groups, store=store
+            ),
+            sampler=_build_sampler(config.data.negative_sampler, store),
+            num_contextual=config.num_contextual,
+            max_seq_len=max_seq_len,
+            rule=attention_layout.MaskRule(
+                contextual_len=config.num_contextual,
+                max_attn_len=config.model.user_tower.hstu.stu.max_attn_len,
+            ),
+        )
+        self._schedule = windows.Schedule(
+            self._windows,
+            shapes=self._shapes,
+            one_user_per_row=config.data.layout == "padded",
+            seed=config.seed if order == "shuffled" else None,
+        )
+
+    @property
+    def shapes(self) -> tuple[BatchShape, ...]:
+        """Every shape that a batch of this pipeline can have; one compilation each."""
+        return self._shapes
+
+    def num_steps(self, epoch: int) -> int:
+        """Batches of an epoch, from 0. Packed epochs may differ by a batch."""
+        return self._schedule.plan(epoch).num_steps
+
+    def first_step(self, epoch: int) -> int:
+        """Step at which an epoch begins; `first_step(num_epochs)` = steps of `num_epochs`."""
+        return self._schedule.first_step(epoch)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, index within it) of a step."""
+        return self._schedule.locate(step)
+
+    def stats(self, epoch: int = 0) -> PipelineStats:
+        """Counts of an epoch."""
+        plan, split = self._schedule.plan(epoch), self._windows
+        slots = [shape.groups * shape.rows * shape.row_len for shape in self._shapes]
+        return PipelineStats(
+            windows=len(split.windows),
+            queries=int(split.num_positives.sum()),
+            tokens=int(split.lengths.sum()),
+            slots=int(np.array(slots)[plan.shape_index].sum()),
+            steps=plan.num_steps,
+            truncated_windows=int(np.count_nonzero(split.dropped_tokens)),
+            dropped_tokens=int(split.dropped_tokens.sum()),
+            empty_histories=int(np.count_nonzero(split.lengths == self._config.num_contextual)),
+        )
+
+    def batch_at(self, step: int) -> HostBatch:
+        """The batch of a step, from 0; safe to call from several threads.
+
+        Raises:
+            ValueError: `step` is negative, or a group's positives leave nothing to draw negatives
+                from.
+        """
+        if step < 0:
+            raise ValueError(f"step={step}: must not be negative; steps count from 0.")
+        epoch, index = self._schedule.locate(step)
+        plan = self._schedule.plan(epoch)
+        shape = self._shapes[plan.shape_index[index]]
+        if self._order == "shuffled":
+            seed, stream, major = self._config.seed, random_streams.Stream.NEGATIVES, step
+        else:
+            seed, stream, major = 0, random_streams.Stream.EVAL_NEGATIVES, index
+        batch, window_index = packing.build_batch(
+            plan.groups(index),
+            source=self.source,
+            shape=shape,
+            group_rng=lambda group: random_streams.generator(
+                seed=seed, stream=stream, major=major, minor=group
+            ),
+        )
+        return HostBatch(
+            batch=batch,
+            shape=shape,
+            window_index=window_index,
+            step=step,
+            epoch=epoch,
+            num_users=int(np.count_nonzero(batch.user_mask)),
+            num_tokens=int(batch.segment_lengths.sum()),
+            num_queries=int(np.count_nonzero(batch.query_mask)),
+        )
+
+    def iterate(
+        self,
+        *,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        device_put: Callable[[Batch], Batch] | None = None,
+    ) -> "Prefetcher":
+        """Batches of `start_step`, `start_step + 1`, ..., made ahead in a background thread.
+
+        Args:
+            start_step: first step; with it alone a stopped run goes on where it was.
+            stop_step: one past the last step; None = without end.
+            device_put: moves a batch to the device; called in the background thread.
+        """
+        make = functools.partial(_make_batch, self.batch_at, device_put)
+        return Prefetcher(
+            make,
+            start_step=start_step,
+            stop_step=stop_step,
+            num_prefetch=self._config.data.num_prefetch,
+        )
+
+    def eval_batches(
+        self,
+        split: Literal["train", "validation", "test"],
+        *,
+        device_put: Callable[[Batch], Batch] | None = None,
+    ) -> "Prefetcher":
+        """Every window of a split once, in the store's order, with fixed negatives.
+
+        Args:
+            split: which windows.
+            device_put: as in `iterate`.
+        """
+        if split not in self._evaluations:
+            self._evaluations[split] = Pipeline(
+                self._config, self._store, split=split, order="stored"
+            )
+        pipeline = self._evaluations[split]
+        return pipeline.iterate(stop_step=pipeline.num_steps(0), device_put=device_put)
+
+
+class Prefetcher:
+    """Iterator over batches that a background thread makes; use it in a `with` block.
+
+    An exception of the thread is raised by the `next` that would have given its batch. The thread
+    ends after the last batch, on `close` or when the iterator is dropped.
+
+    Attributes:
+        wait_s: seconds that `next` has waited for a batch, in all.
+    """
+
+    def __init__(
+        self,
+        make_batch: Callable[[int], HostBatch],
+        *,
+        start_step: int,
+        stop_step: int | None,
+        num_prefetch: int,
+    ):
+        self.wait_s = 0.0
+        self._queue: queue.Queue = queue.Queue(maxsize=num_prefetch)
+        self._stopped = threading.Event()
+        # The thread holds the queue and the event, not this object, which can so be dropped.
+        self._thread = threading.Thread(
+            target=_produce,
+            args=(make_batch, start_step, stop_step, self._queue, self._stopped),
+            name="hstu-prefetch",
+            daemon=True,
+        )
+        self._finalizer = weakref.finalize(self, self._stopped.set)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        if self._stopped.is_set():
+            raise StopIteration
+        started = time.perf_counter()
+        item = self._queue.get()
+        self.wait_s += time.perf_counter() - started
+        if isinstance(item, HostBatch):
+            return item
+        self.close()
+        if item is not None:
+            raise item
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stops the thread and waits for it; batches not yet taken are dropped."""
+        self._stopped.set()
+        self._thread.join()
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def batch_shape(config: schema.Config, store: event_store.EventStore) -> BatchShape:
+    """The largest shape of a training run, without making a pipeline."""
+    return _shapes_of(config, store, is_evaluation=False)[-1]
+
+
+def _shapes_of(
+    config: schema.Config, store: event_store.EventStore, *, is_evaluation: bool
+) -> tuple[BatchShape, ...]:
+    # Always from the training windows, so that evaluation has the shapes that training compiled.
+    history = np.asarray(store.windows.history_end) - np.asarray(store.windows.history_start)
+    used = np.minimum(history, config.model.user_tower.max_seq_len)
+    is_train = np.asarray(store.windows.split) == 0
+    sampler = config.data.negative_sampler
+    return shapes.batch_shapes(
+        config.data,
+        num_contextual=config.num_contextual,
+        max_seq_len=config.model.user_tower.max_seq_len,
+        mean_history_len=float(used[is_train if is_train.any() else slice(None)].mean()),
+        max_positives=int(np.diff(store.windows.positive_offsets).max()),
+        num_negatives=(is_evaluation and sampler.num_eval_sample) or sampler.num_sample,
+    )
+
+
+def _build_sampler(
+    config: schema.NegativeSamplerConfig, store: event_store.EventStore
+) -> negatives.NegativeSampler:
+    if config.input_path:
+        path = pathlib.Path(config.input_path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"data.negative_sampler.input_path={config.input_path!r}: no such file; use "
+                f"{store.path / data_schema.ITEM_TABLE_FILE}, which `python -m hstu_jax.prepare` "
+                "writes, or leave it empty."
+            )
+        with path.open() as file:
+            weights = item_weights.table_weights(
+                file, num_items=store.num_items, path=config.input_path
+            )
+        return negatives.NegativeSampler(weights, origin=config.input_path)
+    weights = item_weights.train_count_weights(
+        store.items.train_count, exponent=config.weight_exponent
+    )
+    return negatives.NegativeSampler(weights, origin=f"{store.path} train_count")
+
+
+def _make_batch(
+    batch_at: Callable[[int], HostBatch],
+    device_put: Callable[[Batch], Batch] | None,
+    step: int,
+) -> HostBatch:
+    host_batch = batch_at(step)
+    if device_put is None:
+        return host_batch
+    return dataclasses.replace(host_batch, batch=device_put(host_batch.batch))
+
+
+def _produce(
+    make_batch: Callable[[int], HostBatch],
+    start_step: int,
+    stop_step: int | None,
+    out: queue.Queue,
+    stopped: threading.Event,
+) -> None:
+    """Body of the prefetch thread; ends with None or the exception that stopped it."""
+    step = start_step
+    while not stopped.is_set():
+        try:
+            item = make_batch(step) if stop_step is None or step < stop_step else None
+        except BaseException as error:  # noqa: BLE001 - raised again in the reader
+            item = error
+        while not stopped.is_set():
+            try:
+                out.put(item, timeout=_POLL_S)
+                break
+            except queue.Full:
+                continue
+        if not isinstance(item, HostBatch):
+            return
+        step += 1

@@ -1,0 +1,69 @@
+"""Weights of items: the reference's item table, its broken forms, and its use by the pipeline."""
+
+import io
+
+import numpy as np
+import pytest
+
+from hstu_jax.features import item_weights, pipeline
+
+HEADER = "id:int64\tweight:float\tattrs:string\n"
+
+
+def _read(text, *, num_items=5):
+    return item_weights.table_weights(io.StringIO(text), num_items=num_items, path="items.tsv")
+
+
+def test_lines_in_any_order_and_items_without_a_line():
+    weights = _read(HEADER + "3\t2.5\t77:a\n0\t1e-2\t\n\n4\t0\t#9\n")
+    np.testing.assert_array_equal(weights, [0.01, 0, 0, 2.5, 0])
+    np.testing.assert_array_equal(_read(HEADER), np.zeros(5))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id\tweight\tattrs\n", r"^items.tsv line 1: header \['id', 'weight', 'attrs'\]: must be"),
+        ("id:int64,weight:float,attrs:string\n", "separated by tabs"),
+        (
+            HEADER + "1\t2\ta\nx\t2\ta\n",
+            r"^items.tsv: a line is not `id<TAB>weight<TAB>attrs` \(.*x",
+        ),
+        (HEADER + "1\n", "a line is not `id<TAB>weight<TAB>attrs`"),
+        (
+            HEADER + "1\t2\ta\n5\t1\ta\n-1\t1\ta\n",
+            r"entry 2: id=5: outside 0\.\.4 .* \(2 such lines",
+        ),
+        (HEADER + "1\t2\ta\n1\t3\ta\n", r"entry 2: id=1: on an earlier line already \(1 such"),
+    ],
+)
+def test_broken_tables_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        _read(text)
+
+
+def test_pipeline_draws_by_the_table(make_store, make_config, tmp_path):
+    store = make_store([4] * 8, [1] * 8)
+    table = tmp_path / "weights.tsv"
+    table.write_text(HEADER + "".join(f"{i}\t{i % 2}\t{i}\n" for i in range(50)))
+    config = make_config(sampler_input_path=str(table), sampler_num_sample=500)
+    batch = pipeline.Pipeline(config, store).batch_at(0).batch
+    negative = batch.negative["cand_seq__video_id"][0]
+    positive = batch.positive["cand_seq__video_id"][0][batch.query_mask[0]]
+    assert set(negative.tolist()) == set(range(1, 50, 2)) - set(positive.tolist())
+    np.testing.assert_allclose(batch.negative_log_q, np.log(1 / 25), rtol=1e-6)
+
+
+def test_the_table_of_a_store_is_read(make_store, make_config):
+    store = make_store([4] * 8)
+    config = make_config(sampler_input_path=str(store.path / "item_table.tsv"))
+    pipeline.Pipeline(config, store).batch_at(0)
+
+
+def test_missing_table_names_the_one_that_preparation_writes(make_store, make_config):
+    config = make_config(sampler_input_path="nowhere.tsv")
+    with pytest.raises(FileNotFoundError) as error:
+        pipeline.Pipeline(config, make_store([3]))
+    message = str(error.value)
+    assert message.startswith("data.negative_sampler.input_path='nowhere.tsv': no such file; use ")
+    assert "item_table.tsv" in message
