@@ -1,0 +1,162 @@
+"""The one entry to HSTU attention: signatures, checks, choice of implementation.
+
+Nothing is computed here. `reference.py` says what is right, `xla_blockwise.py` and `last_query.py`
+are what runs; layouts and mask rules come from `layout.py` and `mask.py`.
+"""
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import checks, dispatch
+from pallas_kernels.hstu_attention import last_query, reference, xla_blockwise
+from pallas_kernels.hstu_attention.layout import SequenceLayout, check_segments
+from pallas_kernels.hstu_attention.mask import MaskRule
+
+Implementation = Literal["auto", "xla", "reference"]
+
+_FULL = {"xla": xla_blockwise.hstu_attention, "reference": reference.hstu_attention}
+_LAST = {"xla": last_query.hstu_attention_last, "reference": reference.hstu_attention_last}
+# The last entry must support everything.
+_AUTO_ORDER = ("xla",)
+
+
+def hstu_attention(
+    q: Float[Array, "R L H K"],
+    k: Float[Array, "R L H K"],
+    v: Float[Array, "R L H V"],
+    *,
+    layout: SequenceLayout,
+    rule: MaskRule,
+    alpha: float,
+    divisor: float,
+    implementation: Implementation = "auto",
+    num_targets: Int[Array | np.ndarray, "S"] | None = None,
+) -> Float[Array, "R L H V"]:
+    """HSTU attention of each token over its own segment: SiLU instead of a softmax.
+
+    `o_i = sum_j M_ij silu(alpha <q_i, k_j>) / divisor v_j`, per head; M is the 0/1 mask of `rule`,
+    applied after SiLU and division.
+
+    Args:
+        q: queries; anything may stand in padding slots, here and below.
+        k: keys.
+        v: values.
+        layout: where the segments lie. Its block schedule must cover `rule`: built for the same
+            rule and targets, or for a rule whose mask contains this one.
+        rule: which keys a query sees.
+        alpha: factor of the logits, usually K ** -0.5.
+        divisor: what scores are divided by; never inferred from L.
+        implementation: "xla" (linear memory), "reference" (dense, for tests), or "auto".
+        num_targets: targets at the end of each segment, 0 <= num_targets <= length -
+            contextual_len; None = no targets.
+
+    Returns:
+        Outputs in the dtype of v; zeros in padding slots. Gradients in padding are zeros too.
+        A value that is not finite makes the whole segment that holds it NaN and no other
+        ("reference": may spread over its row).
+
+    Raises:
+        TypeError: dtypes that are not equal or not float32, bfloat16 or float16.
+        ValueError: ranks or sizes that do not fit, alpha or divisor not positive, unknown
+            implementation, or (only if the layout holds numpy arrays, which can be looked at)
+            segments that overlap or leave their row.
+        UnsupportedByKernel: an implementation asked for by name cannot do this.
+
+    Source: Zhai et al. 2024, "Actions Speak Louder than Words", equation 2 (without the relative
+    attention bias); behaviour of TorchEasyRec 1.3.16 (FACTS 1), except that the divisor is always
+    given.
+    """
+    checks.check_rank("q", q, "R L H K")
+    _check(q, k, v, layout, rule, alpha, divisor)
+    for axis, letter in enumerate("RLHK"):
+        checks.check_axis("q", q, axis, letter, k.shape[axis], like="k")
+    if num_targets is not None:
+        checks.check_rank("num_targets", num_targets, "S")
+        checks.check_axis("num_targets", num_targets, 0, "S", len(layout.starts), like="layout")
+    return dispatch.run(
+        implementation,
+        _FULL,
+        auto_order=_AUTO_ORDER,
+        op="hstu_attention",
+        call=lambda kernel: kernel(
+            q,
+            k,
+            v,
+            layout=layout,
+            rule=rule,
+            alpha=float(alpha),
+            divisor=float(divisor),
+            num_targets=num_targets,
+        ),
+    )
+
+
+def hstu_attention_last(
+    q: Float[Array, "S H K"],
+    k: Float[Array, "R L H K"],
+    v: Float[Array, "R L H V"],
+    *,
+    layout: SequenceLayout,
+    rule: MaskRule,
+    alpha: float,
+    divisor: float,
+    implementation: Implementation = "auto",
+) -> Float[Array, "S H V"]:
+    """The rows of `hstu_attention` at the last position of each segment, and nothing else.
+
+    Cost and memory are linear in R * L. The block schedule is not used.
+
+    Args:
+        q: one query per segment of the layout, which stands at its last position; anything may
+            stand at empty segments.
+        k: keys of all tokens.
+        v: values of all tokens.
+        layout: where the segments lie.
+        rule: which keys a query sees (no targets here).
+        alpha: factor of the logits.
+        divisor: what scores are divided by.
+        implementation: as for `hstu_attention`.
+
+    Returns:
+        Outputs in the dtype of v; zeros for empty segments.
+
+    Raises:
+        TypeError, ValueError, UnsupportedByKernel: as for `hstu_attention`.
+    """
+    checks.check_rank("q", q, "S H K")
+    _check(q, k, v, layout, rule, alpha, divisor)
+    checks.check_axis("q", q, 0, "S", len(layout.starts), like="layout")
+    checks.check_axis("q", q, 1, "H", k.shape[2], like="k")
+    checks.check_axis("q", q, 2, "K", k.shape[3], like="k")
+    return dispatch.run(
+        implementation,
+        _LAST,
+        auto_order=_AUTO_ORDER,
+        op="hstu_attention_last",
+        call=lambda kernel: kernel(
+            q, k, v, layout=layout, rule=rule, alpha=float(alpha), divisor=float(divisor)
+        ),
+    )
+
+
+def _check(q, k, v, layout, rule, alpha, divisor):
+    """Checks that both forms of the op share."""
+    checks.check_float("q", q)
+    for name, array, axes in (("k", k, "R L H K"), ("v", v, "R L H V")):
+        checks.check_rank(name, array, axes)
+        checks.check_float(name, array, like=q.dtype)
+        checks.check_axis(name, array, 0, "R", layout.num_rows, like="layout")
+        checks.check_axis(name, array, 1, "L", layout.row_len, like="layout")
+    checks.check_axis("v", v, 2, "H", k.shape[2], like="k")
+    checks.check_positive("alpha", alpha)
+    checks.check_positive("divisor", divisor)
+    if isinstance(layout.starts, np.ndarray) and isinstance(layout.lengths, np.ndarray):
+        check_segments(
+            layout.starts,
+            layout.lengths,
+            num_rows=layout.num_rows,
+            row_len=layout.row_len,
+            rule=rule,
+        )
