@@ -1,0 +1,111 @@
+"""Sampled softmax of positives against negatives that a group of users shares.
+
+Only scores, masks and the loss; which negatives are drawn is the pipeline's, ranking metrics are in
+`hstu_jax.metrics.ranking`. Users are scored once against the negatives, `[G, U, M]`; the matrix of
+queries by negatives is never made. The sums over devices and the division are the training step's.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledSoftmax:
+    """Sums and scores of one shard. Fields are `Any`: trees of this shape also hold specs.
+
+    Attributes:
+        loss_sum: [] sum of (weighted) losses of the queries in use.
+        count: [] number of queries in use, or the sum of their weights.
+        positive_scores: [G, Q] <user, positive> / temperature, no correction; 0 in masked queries.
+        negative_scores: [G, U, M] <user, negative> / temperature, no correction; 0 for users
+            without a query.
+    """
+
+    loss_sum: Any
+    count: Any
+    positive_scores: Any
+    negative_scores: Any
+
+
+def sampled_softmax(
+    *,
+    user: Float[Array, "G U E"],
+    positive: Float[Array, "G Q E"],
+    negative: Float[Array, "G M E"],
+    positive_user: Int[Array, "G Q"],
+    query_mask: Bool[Array, "G Q"],
+    positive_log_q: Float[Array, "G Q"],
+    negative_log_q: Float[Array, "G M"],
+    temperature: float,
+    log_q_correction: bool,
+    query_weight: Float[Array, "G Q"] | None = None,
+) -> SampledSoftmax:
+    """Loss sum, query count and scores of sampled softmax with the positive as the right class.
+
+    score = <user, item> / temperature, z = score - log q (or score, without the correction);
+    loss[q] = log(exp(z_pos[q]) + sum_m exp(z_neg[user of q, m])) - z_pos[q].
+    The mean over all devices is psum(loss_sum) / psum(count). The positive is corrected as well, so
+    that equal log q everywhere changes nothing.
+
+    Args:
+        user: user vectors, normalised by the caller if the similarity is cosine; unused slots and
+            users without a query may hold anything.
+        positive: item vectors of the positives; masked slots may hold anything.
+        negative: item vectors of the negatives, shared by the group; M may be 0 (loss 0).
+        positive_user: user slot of each query, 0..U-1; anything in range where masked.
+        query_mask: queries in use.
+        positive_log_q: log of the probability with which the sampler draws the positive.
+        negative_log_q: the same of each negative.
+        temperature: above 0.
+        log_q_correction: subtract log q.
+        query_weight: weight of each query's loss, at least 0; None weighs all alike.
+
+    Returns:
+        `SampledSoftmax`. With no query in use both sums are 0 and gradients are zero, not NaN.
+
+    Raises:
+        ValueError: temperature not above 0.
+
+    Source: TorchEasyRec 1.3.16, tzrec/models/match_model.py and hstu.py. There each query repeats
+    its user's scores; sample weights are per user row and fit only one query a row.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0; 0.05 is the seed's value.")
+    # Unused inputs are cut off here: 0 * NaN in a backward pass would reach the shared negatives.
+    positive_user = jnp.where(query_mask, positive_user, 0)
+    positive = jnp.where(query_mask[..., None], positive, 0)
+    group = jnp.arange(user.shape[0])[:, None]
+    has_query = jnp.zeros(user.shape[:2], bool).at[group, positive_user].max(query_mask)
+    user = jnp.where(has_query[..., None], user, 0)
+
+    # Full float32 products: logits reach 1 / temperature, and TF32 keeps 10 bits of them.
+    precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    query = jnp.take_along_axis(user, positive_user[..., None], axis=1)
+    positive_scores = jnp.einsum("gqe,gqe->gq", query, positive, **precise) / temperature
+    negative_scores = jnp.einsum("gue,gme->gum", user, negative, **precise) / temperature
+
+    positive_logits, negative_logits = positive_scores, negative_scores
+    if log_q_correction:
+        positive_logits = positive_logits - jnp.where(query_mask, positive_log_q, 0)
+        negative_logits = negative_logits - negative_log_q[:, None, :]
+    if negative.shape[1] == 0:
+        loss = jnp.zeros_like(positive_logits)
+    else:
+        others = jax.nn.logsumexp(negative_logits, axis=-1)  # [G, U]
+        others = jnp.take_along_axis(others, positive_user, axis=1)
+        # log(exp(p) + exp(o)) - p, without the cancellation of a large p.
+        loss = jax.nn.softplus(others - positive_logits)
+    weight = query_mask.astype(jnp.float32)
+    if query_weight is not None:
+        weight = jnp.where(query_mask, query_weight, 0).astype(jnp.float32)
+    return SampledSoftmax(
+        loss_sum=jnp.sum(weight * jnp.where(query_mask, loss, 0)),
+        count=jnp.sum(weight),
+        positive_scores=positive_scores,
+        negative_scores=negative_scores,
+    )
