@@ -12,6 +12,8 @@ import ml_collections
 
 from hstu_jax.config import model_schema, resolve, schema
 
+# Category features with the reference's bucket counts, which `seed` keeps. Preparation numbers the
+# strings that it meets from 1 (0 = unknown), and real data has more of them: 16 elsewhere.
 _CONTEXTUAL = {
     "user_id": None,  # as many buckets as users
     "user_active_degree": 8,
@@ -45,24 +47,27 @@ def get_config(variant: str = "sample") -> ml_collections.ConfigDict:
     c.workdir = f"runs/kuairand_{variant}"
     c.data.path = folder
     if variant == "seed":
-        _features(c, users=users, items=items, item_dim=512, contextual_dim=32)
+        _features(c, users=users, items=items, item_dim=512, contextual_dim=32, categories=None)
         _seed(c)
     else:
-        _features(c, users=users, items=items, item_dim=64, contextual_dim=16)
+        _features(c, users=users, items=items, item_dim=64, contextual_dim=16, categories=16)
         _small(c)
         if variant == "sample":
             c.data.source = "sample"
     return c
 
 
-def _features(c, *, users: int, items: int, item_dim: int, contextual_dim: int) -> None:
+def _features(
+    c, *, users: int, items: int, item_dim: int, contextual_dim: int, categories: int | None
+) -> None:
     video = schema.IdFeature(
         num_buckets=items, embedding_dim=item_dim, embedding_name="video_id_emb"
     )
     features = {"uih_seq__video_id": video, "cand_seq__video_id": video}
     for name, buckets in _CONTEXTUAL.items():
         features[name] = schema.IdFeature(
-            num_buckets=buckets or users, embedding_dim=contextual_dim
+            num_buckets=users if name == "user_id" else categories or buckets,
+            embedding_dim=contextual_dim,
         )
     with c.unlocked():
         c.features = {name: resolve.section(feature) for name, feature in features.items()}

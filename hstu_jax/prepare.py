@@ -64,7 +64,7 @@ def _add_common_flags(command: argparse.ArgumentParser) -> None:
     rules = windowing.WindowOptions()
     command.add_argument("--out_dir", required=True, help="folder to make")
     command.add_argument("--overwrite", action="store_true", help="replace an event store there")
-    command.add_argument("--window_mode", choices=("day", "events"), default=rules.mode)
+    command.add_argument("--window_mode", choices=windowing.WINDOW_MODES, default=rules.mode)
     command.add_argument("--window_events", type=int, default=rules.window_events)
     command.add_argument("--positive_actions", nargs="+", default=rules.positive_actions)
     command.add_argument("--max_positives", type=int, default=rules.max_positives)

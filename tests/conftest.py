@@ -40,3 +40,12 @@ def real_data_dir() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set HSTU_DATA_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory):
+    """A generated sample of 150 users and 1,000 items over 4 days, written once a session."""
+    from hstu_jax.data import sample, sample_world
+
+    options = sample_world.SampleOptions(num_users=150, num_items=1_000, num_days=4)
+    return sample.prepare(tmp_path_factory.mktemp("data") / "small", options=options)

@@ -206,6 +206,8 @@ class EvalConfig:
     top_k: tuple[int, ...] = (1, 5, 10, 50, 100)
     exclude_seen: bool = True
     baselines: bool = True  # popularity, co-occurrence and a mean-pooling model beside the result
+    # Also rank by the true probabilities; the generated sample's test split only.
+    oracle: bool = False
     num_bootstrap: int = 1000
 
     def __post_init__(self):

@@ -45,7 +45,7 @@ def oracle_scores(
       A block of `window_indices` and its scores; seen items are not removed.
 
     Raises:
-      ValueError: not a generated sample, not day windows, or not a test window.
+      ValueError: not a generated sample, not day windows in the test split, or not a test window.
     """
     if store.stats.get("source") != "generated sample":
         raise ValueError(
@@ -53,7 +53,7 @@ def oracle_scores(
             "true probabilities; leave the oracle out."
         )
     options = SampleOptions.from_dict(store.stats["options"])
-    if options.windows.mode != "day":
+    if options.windows.mode == "events":
         raise ValueError(
             f"window_mode={options.windows.mode!r}: the oracle knows the state before each test "
             "day; prepare the sample with day windows."

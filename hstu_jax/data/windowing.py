@@ -18,6 +18,7 @@ from hstu_jax.data.records import Events, Windows
 SECONDS_PER_DAY = 86_400
 # KuaiRand was logged in China; the generated sample follows it.
 UTC_PLUS_8_S = 8 * 3_600
+WINDOW_MODES = ("day", "events", "train_events")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,11 @@ class WindowOptions:
     """How events become windows.
 
     Attributes:
-      mode: "day" (one user's events of one calendar day) or "events" (`window_events` consecutive
-        events of one user; the last window of a stretch may be shorter).
-      window_events: events a window in mode "events".
+      mode: "day" (one user's events of one calendar day), "events" (`window_events` consecutive
+        events of one user; the last window of a stretch may be shorter) or "train_events"
+        ("events" for training, "day" for validation and test: more and fresher training contexts,
+        the same evaluation).
+      window_events: events a window in modes "events" and "train_events".
       positive_actions: an event with at least one of these actions and no "hate" is a positive.
       max_positives: at most this many a window, the earliest.
       min_history: windows with a shorter history are dropped.
@@ -42,8 +45,8 @@ class WindowOptions:
     utc_offset_s: int = UTC_PLUS_8_S
 
     def __post_init__(self) -> None:
-        if self.mode not in ("day", "events"):
-            raise ValueError(f"window_mode={self.mode!r}: unknown; choose 'day' or 'events'.")
+        if self.mode not in WINDOW_MODES:
+            raise ValueError(f"window_mode={self.mode!r}: unknown; choose from {WINDOW_MODES}.")
         if self.window_events < 1:
             raise ValueError(f"window_events={self.window_events}: must be at least 1.")
         if self.max_positives < 1:
@@ -77,8 +80,8 @@ def build_windows(events: Events, *, options: WindowOptions) -> WindowedEvents:
 
     The history of a window is every earlier event of the user with a timestamp strictly before the
     window's first event: an event at the same second is in neither history nor lost (it is in its
-    own window). The last calendar day is the test split, the day before it validation; in mode
-    "events" a window ends where the split changes, so that no training window reaches into the
+    own window). The last calendar day is the test split, the day before it validation; in the
+    other modes a window ends where the split changes, so that no training window reaches into the
     validation day. An item counts once a window, at its first positive event.
 
     Args:
@@ -155,12 +158,14 @@ def _window_starts(
 ) -> np.ndarray:
     """True at the first event of each window."""
     new_user = np.concatenate([[True], user[1:] != user[:-1]])
+    starts_day = new_user | np.concatenate([[True], day[1:] != day[:-1]])
     if options.mode == "day":
-        return new_user | np.concatenate([[True], day[1:] != day[:-1]])
+        return starts_day
     stretch_start = new_user | np.concatenate([[True], split[1:] != split[:-1]])
     position = np.arange(len(user))
     since_start = position - np.maximum.accumulate(np.where(stretch_start, position, 0))
-    return since_start % options.window_events == 0
+    starts_run = since_start % options.window_events == 0
+    return starts_run if options.mode == "events" else np.where(split == 0, starts_run, starts_day)
 
 
 def _history_bounds(user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,21 @@
+"""Trains HSTU Match and prints the closing table.
+
+    python -m hstu_jax.train --config=configs/kuairand.py
+
+The same command again goes on where the workdir stopped. `hstu_jax/training/loop.py` has the loop.
+"""
+
+from hstu_jax import cli
+from hstu_jax.config import schema
+from hstu_jax.training import closing, loop
+
+
+def main(config: schema.Config) -> None:
+    """Trains, then evaluates beside the baselines."""
+    store = cli.open_data(config)
+    result = loop.fit(config, store)
+    print(closing.evaluate_beside_baselines(result.run, result.state).text())
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

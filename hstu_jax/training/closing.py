@@ -1,0 +1,205 @@
+"""The table that ends a run: the model beside its baselines, ranked by the same code.
+
+Popularity and co-occurrence are counted in the training windows' data; mean pooling is a model of
+its own, trained here with the same budget (`model.user_tower.encoder = "mean"`) in the workdir's
+`baseline_mean`; the oracle exists for the generated sample only.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from hstu_jax.config import schema
+from hstu_jax.data import event_store, sample_oracle
+from hstu_jax.data import schema as data_schema
+from hstu_jax.metrics import baselines, catalogue
+from hstu_jax.training import evaluation, loop
+from hstu_jax.training import run as run_lib
+from hstu_jax.training import state as state_lib
+
+Print = Callable[[str], None]
+_DAY_S = 86_400
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosingTable:
+    """Figures of every ranking on one split.
+
+    Attributes:
+        split: what was ranked.
+        rows: name of the ranking -> its figures; the model first.
+        notes: what else a reader needs to believe the figures.
+        num_bootstrap: resamples of the intervals.
+    """
+
+    split: str
+    rows: Mapping[str, evaluation.Evaluation]
+    notes: tuple[str, ...]
+    num_bootstrap: int
+
+    def text(self) -> str:
+        """Metrics down, rankings across."""
+        means = {name: row.metrics.means() for name, row in self.rows.items()}
+        metrics = list(next(iter(means.values())))
+        width = max(len(name) for name in metrics)
+        columns = {name: max(len(name), 7) for name in means}
+        lines = [
+            f"{self.split}, whole catalogue",
+            " " * width + "".join(f"  {name:>{size}}" for name, size in columns.items()),
+        ]
+        for metric in metrics:
+            cells = (f"  {means[name][metric]:>{size}.4f}" for name, size in columns.items())
+            lines.append(f"{metric:<{width}}" + "".join(cells))
+        model_name, model = next(iter(self.rows.items()))
+        for metric in metrics:
+            if metric.startswith("recall@"):
+                low, high = model.interval(metric, num_resamples=self.num_bootstrap)
+                lines.append(
+                    f"{model_name} {metric}: 95 % bootstrap interval {low:.4f} .. {high:.4f}"
+                )
+        return "\n".join([*lines, *self.notes])
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Every mean by ranking, for a JSON file or the metric log."""
+        return {name: row.scalars() for name, row in self.rows.items()}
+
+
+def evaluate_beside_baselines(
+    run: run_lib.Run, state: state_lib.TrainState, *, echo: Print = print
+) -> ClosingTable:
+    """Evaluates a state on `eval.split`, with the baselines if `eval.baselines` asks for them."""
+    config = run.config.eval
+    eval_set = evaluation.make_eval_set(
+        run.store, split=config.split, exclude_seen=config.exclude_seen
+    )
+    rows = {run.config.model.user_tower.encoder: evaluation.evaluate(run, state, eval_set)}
+    notes = list(_eval_notes(eval_set, rows))
+    if config.baselines:
+        if run.config.model.user_tower.encoder != "mean":
+            rows["mean"] = mean_pooling(run.config, run.store, eval_set, echo=echo)
+        counted, note = counting_baselines(run.store, eval_set, config)
+        rows |= counted
+        notes.append(note)
+    if config.oracle:
+        rows["oracle"] = evaluation.rank(eval_set, _oracle(run.store, eval_set), config)
+    return ClosingTable(
+        split=config.split, rows=rows, notes=tuple(notes), num_bootstrap=config.num_bootstrap
+    )
+
+
+def mean_pooling(
+    config: schema.Config,
+    store: event_store.EventStore,
+    eval_set: evaluation.EvalSet,
+    *,
+    echo: Print,
+) -> evaluation.Evaluation:
+    """Trains (or resumes) the model with a mean in place of the STU layers; ranks by it."""
+    tower = dataclasses.replace(config.model.user_tower, encoder="mean")
+    baseline = dataclasses.replace(
+        config,
+        workdir=f"{config.workdir}/baseline_mean",
+        model=dataclasses.replace(config.model, user_tower=tower),
+    )
+    echo("baseline  mean pooling: the same towers, data, steps and learning rates")
+    result = loop.fit(baseline, store, echo=lambda line: echo(f"  mean    {line}"))
+    return evaluation.evaluate(result.run, result.state, eval_set)
+
+
+def counting_baselines(
+    store: event_store.EventStore, eval_set: evaluation.EvalSet, config: schema.EvalConfig
+) -> tuple[dict[str, evaluation.Evaluation], str]:
+    """Co-occurrence, last-day popularity and global popularity of the training data's positives.
+
+    Co-occurrence is the one variant of a fixed grid that is best on the validation split.
+
+    Returns:
+        The rankings by name, and a line that names the co-occurrence variant.
+    """
+    train = _baseline_windows(store, "train")
+    num_items = store.num_items
+    events = store.windows.positive_events[
+        evaluation.ragged_positions(*_positive_slices(store, "train"))
+    ]
+    items = store.events.item_index[events].astype(np.int64)
+    offset_s = store.stats["window_options"]["utc_offset_s"]
+    day = (store.events.timestamp_s[events] + offset_s) // _DAY_S
+    popular = baselines.global_popularity(items, num_items=num_items)
+    last_day = baselines.last_day_popularity(items, day, num_items=num_items)
+
+    validation = evaluation.make_eval_set(
+        store, split="validation", exclude_seen=config.exclude_seen
+    )
+    tuned = baselines.tune(
+        train,
+        _baseline_windows(store, "validation"),
+        popularity=popular,
+        excluded_offsets=validation.seen_offsets,
+        excluded_items=validation.seen_items,
+        catalogue_mask=validation.catalogue_mask,
+    )
+    counts = baselines.count_pairs(train, tuned.options, num_items=num_items)
+    scores = {
+        "co-occurrence": baselines.cooccurrence_scores(
+            counts,
+            _baseline_windows(store, eval_set.split),
+            tuned.options,
+            popularity=popular,
+        ),
+        "last-day": baselines.same_for_all(last_day),
+        "popularity": baselines.same_for_all(popular),
+    }
+    note = f"co-occurrence: best of {len(tuned.tried)} variants on validation: {tuned.options}"
+    return {name: evaluation.rank(eval_set, block, config) for name, block in scores.items()}, note
+
+
+def _baseline_windows(store: event_store.EventStore, split: str) -> baselines.Windows:
+    chosen = store.windows_of_split(split)
+    table, events = store.windows, store.events
+    starts, counts = _positive_slices(store, split)
+    positions = table.positive_events[evaluation.ragged_positions(starts, counts)]
+    wanted = data_schema.action_mask(tuple(store.stats["window_options"]["positive_actions"]))
+    is_hated = (events.action & data_schema.ACTION_BITS["hate"]) != 0
+    return baselines.Windows(
+        event_items=events.item_index.astype(np.int64),
+        event_is_positive=((events.action & wanted) != 0) & ~is_hated,
+        history_start=table.history_start[chosen],
+        history_end=table.history_end[chosen],
+        positive_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        positive_items=events.item_index[positions].astype(np.int64),
+    )
+
+
+def _positive_slices(store: event_store.EventStore, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where a split's positives stand in `positive_events`: (starts, counts)."""
+    chosen = store.windows_of_split(split)
+    return store.windows.positive_offsets[chosen], np.diff(store.windows.positive_offsets)[chosen]
+
+
+def _oracle(store: event_store.EventStore, eval_set: evaluation.EvalSet) -> catalogue.ScoreBlock:
+    """The true probabilities as a block function; blocks may be asked for in any order."""
+
+    def score_block(start: int, stop: int) -> np.ndarray:
+        windows = eval_set.windows[start:stop]
+        return np.concatenate([scores for _, scores in sample_oracle.oracle_scores(store, windows)])
+
+    return score_block
+
+
+def _eval_notes(
+    eval_set: evaluation.EvalSet, rows: Mapping[str, evaluation.Evaluation]
+) -> tuple[str, ...]:
+    (model,) = rows.values()
+    ranks, total = model.ranks, len(eval_set.positive_items)
+    num_items = int(np.count_nonzero(eval_set.catalogue_mask))
+    cold_share = ranks.num_cold / max(total, 1)
+    sampled = ", ".join(f"{name} {value:.4f}" for name, value in model.sampled.items())
+    return (
+        f"{len(eval_set.windows):,} windows, {eval_set.num_new_user:,} of them of users without a "
+        "training window",
+        f"{total:,} positives: {ranks.num_ranked:,} ranked among {num_items:,} items; left out: "
+        f"{ranks.num_seen:,} seen before, {ranks.num_cold:,} ({cold_share:.1%}) never seen in "
+        "training",
+        f"among sampled negatives: {sampled}",
+    )

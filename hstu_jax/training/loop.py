@@ -1,0 +1,241 @@
+"""`fit`: trains a run from its configuration, or goes on where its workdir stopped.
+
+The one file that mixes steps with time and files: pipeline, step, log, checkpoint, evaluation.
+Read it top to bottom; the arithmetic is in `step.py`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from hstu_jax.config import schema
+from hstu_jax.data import event_store
+from hstu_jax.training import checkpoint, evaluation, metric_log
+from hstu_jax.training import run as run_lib
+from hstu_jax.training import state as state_lib
+from hstu_jax.training import step as step_lib
+
+Print = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """What `fit` leaves behind.
+
+    Attributes:
+        run: the assembled run.
+        state: after the last step.
+        train_s: seconds of this call's steps, compilation included.
+        num_compilations: times that the training step was compiled.
+    """
+
+    run: run_lib.Run
+    state: state_lib.TrainState
+    train_s: float
+    num_compilations: int
+
+
+def fit(
+    config: schema.Config,
+    store: event_store.EventStore,
+    *,
+    devices: list[jax.Device] | None = None,
+    echo: Print = print,
+) -> FitResult:
+    """Trains until the configured number of steps.
+
+    With a checkpoint in the workdir the run goes on from it, and gives bit for bit what it would
+    have given without the stop.
+
+    Args:
+        config: the configuration.
+        store: opened event store.
+        devices: devices of the mesh; None takes all.
+        echo: where progress goes.
+
+    Raises:
+        ValueError: the workdir holds a run with another configuration or other data.
+        FloatingPointError: the loss stopped being finite; names the step.
+    """
+    run = run_lib.build_run(config, store, devices=devices)
+    checkpointer = run.checkpointer()
+    state = run_lib.init_state(run)
+    echo(run_lib.describe(run, state))
+    latest = checkpointer.latest_step()
+    if latest is not None:
+        where = f"{run.workdir}/checkpoints/{latest}"
+        checkpoint.check_resumable(checkpointer.read_record(latest), run.record(), where=where)
+        state = checkpointer.restore(latest, state)
+        echo(f"resumed   from {where}")
+    log = metric_log.MetricLog(
+        run.workdir, start_step=latest or 0, use_tensorboard=config.train.use_tensorboard
+    )
+    started = time.perf_counter()
+    try:
+        state = _train(run, state, checkpointer, log, echo)
+        if checkpointer.latest_step() != int(state.step):
+            checkpointer.save(state, run.record())
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+        log.close()
+    return FitResult(
+        run=run,
+        state=state,
+        train_s=time.perf_counter() - started,
+        num_compilations=run.train_step._cache_size(),
+    )
+
+
+def restore(
+    config: schema.Config,
+    store: event_store.EventStore,
+    *,
+    step: int | None = None,
+    devices: list[jax.Device] | None = None,
+) -> FitResult:
+    """A trained run from its workdir, for evaluation; nothing is written.
+
+    Args:
+        config: the configuration that it was trained with.
+        store: opened event store.
+        step: checkpoint; None is the newest.
+        devices: devices of the mesh; None takes all.
+
+    Raises:
+        FileNotFoundError: the workdir holds no such checkpoint.
+        ValueError: it was written with another configuration or other data.
+    """
+    run = run_lib.build_run(config, store, devices=devices)
+    folder = run.workdir / "checkpoints"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; train first with `python -m hstu_jax.train --config=...`."
+        )
+    checkpointer = run.checkpointer(read_only=True)
+    try:
+        steps = checkpointer.all_steps()
+        step = max(steps, default=None) if step is None else step
+        if step not in steps:
+            raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {steps}.")
+        saved = checkpointer.read_record(step)
+        checkpoint.check_resumable(saved, run.record(), where=str(folder / str(step)))
+        state = checkpointer.restore(step, run_lib.init_state(run))
+    finally:
+        checkpointer.close()
+    return FitResult(run=run, state=state, train_s=0.0, num_compilations=0)
+
+
+def _train(
+    run: run_lib.Run,
+    state: state_lib.TrainState,
+    checkpointer: checkpoint.Checkpointer,
+    log: metric_log.MetricLog,
+    echo: Print,
+) -> state_lib.TrainState:
+    """The steps, from the state's own to the run's last."""
+    config = run.config.train
+    first = int(state.step)
+    if first >= run.num_steps:
+        echo(f"done      the workdir is at step {first} of {run.num_steps}; nothing to train")
+        return state
+    window = _Window(first, run.config.metrics.recall_at_k)
+    pending: tuple[int, step_lib.StepMetrics] | None = None
+    with run.pipeline.iterate(
+        start_step=first, stop_step=run.num_steps, device_put=run.put
+    ) as batches:
+        for host_batch in batches:
+            step = host_batch.step + 1
+            state, metrics = run.train_step(state, host_batch.batch)
+            if step == first + 1:
+                jax.block_until_ready(metrics)
+                compile_s = window.restart_clock()
+                echo(f"compiled  the training step in {compile_s:.1f} s")
+            # Look at a step's numbers while the next one runs, not before it may start.
+            if pending is not None:
+                window.add(*pending)
+            pending = (step, metrics)
+            is_last = step == run.num_steps
+            if is_last or step % config.log_step_count_steps == 0:
+                window.add(*pending)
+                pending = None
+                values = window.close(step, data_wait_s=batches.wait_s)
+                log.write(step, "train", values)
+                remaining = (run.num_steps - step) / values["steps_per_s"]
+                echo(metric_log.progress_line(step, run.num_steps, values, remaining_s=remaining))
+            if step % config.save_checkpoints_steps == 0 and not is_last:
+                if pending is not None:  # never save a state whose loss was not looked at
+                    window.add(*pending)
+                    pending = None
+                checkpointer.save(state, run.record())
+            every = run.config.eval.every_num_steps
+            if every and step % every == 0 and not is_last:
+                result = evaluation.evaluate(run, state, split="validation")
+                log.write(step, "validation", result.scalars())
+                echo(f"          validation: {result.line()}")
+                window.restart_clock()
+    return state
+
+
+class _Window:
+    """Sums of the steps since the last log line."""
+
+    def __init__(self, step: int, top_k: tuple[int, ...]):
+        self._top_k = top_k
+        self._start_step = step
+        self._data_wait_s = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums = np.zeros(4)  # loss, queries, users, tokens
+        self._hits = np.zeros(len(self._top_k))
+        self._started = time.perf_counter()
+
+    def restart_clock(self) -> float:
+        """Leaves what came before (a compilation, an evaluation) out of the rates."""
+        now = time.perf_counter()
+        elapsed, self._started = now - self._started, now
+        return elapsed
+
+    def add(self, step: int, metrics: step_lib.StepMetrics) -> None:
+        """Adds one step's sums; raises FloatingPointError on a loss that is not finite."""
+        metrics = jax.device_get(metrics)
+        if not np.isfinite(metrics.loss_sum):
+            raise FloatingPointError(
+                f"step {step}: the loss is {metrics.loss_sum}; the last checkpoint is intact. "
+                "Lower train.*.lr, or look at the batch of this step: batches are a function of "
+                "(seed, step)."
+            )
+        self._sums += [
+            metrics.loss_sum,
+            metrics.num_queries,
+            metrics.num_users,
+            metrics.num_tokens,
+        ]
+        self._hits += metrics.recall_hits
+
+    def close(self, step: int, *, data_wait_s: float) -> dict[str, float]:
+        """The window's means and rates; starts the next window.
+
+        Args:
+            step: the window's last step.
+            data_wait_s: seconds spent waiting for batches since the run's start.
+        """
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        loss_sum, queries, users, tokens = self._sums
+        values = {"loss": loss_sum / max(queries, 1)}
+        for k, hits in zip(self._top_k, self._hits, strict=True):
+            values[f"recall@{k}"] = hits / max(queries, 1)
+        values |= {
+            "users_per_s": users / elapsed,
+            "tokens_per_s": tokens / elapsed,
+            "steps_per_s": (step - self._start_step) / elapsed,
+            "data_wait_share": min((data_wait_s - self._data_wait_s) / elapsed, 1.0),
+        }
+        self._data_wait_s = data_wait_s
+        self._start_step = step
+        self._restart()
+        return {name: float(value) for name, value in values.items()}

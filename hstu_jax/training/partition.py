@@ -1,0 +1,99 @@
+"""The mesh, and how one shard's functions are placed on it with `jax.shard_map`.
+
+The batch (along its group axis) and the rows of every table are split over all devices; dense
+parameters are replicated. `step.py` is written for one shard and names the axes of `AXES`; a single
+device is a mesh of one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hstu_jax.config import schema
+from hstu_jax.training import state as state_lib
+
+AXES = ("host", "chip")
+SPLIT = P(AXES)  # first axis over all devices: batch groups, table rows
+REPLICATED = P()
+
+
+def make_mesh(config: schema.MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of `host` x `chip` devices; -1 takes what is left.
+
+    Raises:
+        ValueError: the sizes do not make up the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.host, config.chip]
+    if sizes.count(-1) == 2:
+        raise ValueError("mesh.host=-1: only one of mesh.host and mesh.chip may be -1.")
+    if -1 in sizes:
+        known = -sizes[0] * sizes[1]
+        sizes[sizes.index(-1)] = len(devices) // max(known, 1)
+    if sizes[0] * sizes[1] != len(devices):
+        raise ValueError(
+            f"mesh.host={config.host}, mesh.chip={config.chip}: must make up the "
+            f"{len(devices)} devices; set one of them to -1."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def split_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of batches and tables."""
+    return NamedSharding(mesh, SPLIT)
+
+
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of dense parameters and metrics."""
+    return NamedSharding(mesh, REPLICATED)
+
+
+def check_groups(num_groups: int, mesh: Mesh) -> None:
+    """Raises ValueError unless the groups of a batch can be split evenly over the mesh."""
+    if num_groups % mesh.size != 0:
+        raise ValueError(
+            f"data.num_groups={num_groups}: must be a multiple of the {mesh.size} devices of the "
+            f"mesh; use {mesh.size}, or fewer devices."
+        )
+
+
+STATE_SPEC = state_lib.TrainState(step=P(), params=P(), opt_state=P(), tables=SPLIT)
+
+
+def place_train_step(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Compiles (state, batch) -> (state, metrics) for the mesh; the state's buffers are reused."""
+    specs = dict(in_specs=(STATE_SPEC, SPLIT), out_specs=(STATE_SPEC, REPLICATED))
+    return _place(function, mesh, **specs, donate_argnums=(0,))
+
+
+def place_eval(
+    function: Callable[..., Any], mesh: Mesh, *, out_spec: P = SPLIT
+) -> Callable[..., Any]:
+    """Compiles (state, split arrays) -> arrays for the mesh; nothing is donated."""
+    return _place(function, mesh, in_specs=(STATE_SPEC, SPLIT), out_specs=out_spec)
+
+
+def _place(function, mesh, *, in_specs, out_specs, **jit_options):
+    def shardings(specs):
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    # Custom gradients and kernels do not carry varying-axes types: check_vma is off.
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    # Named on both sides: on a mesh of one device JAX would give the outputs another (equal)
+    # sharding than the inputs, and the second step would compile again.
+    return jax.jit(
+        mapped,
+        in_shardings=shardings(in_specs),
+        out_shardings=shardings(out_specs),
+        **jit_options,
+    )
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A host batch on the mesh, split along its groups."""
+    return jax.device_put(batch, split_sharding(mesh))

@@ -1,0 +1,67 @@
+"""`TrainState`: everything a run needs to go on, and how it is made from a seed.
+
+Dense parameters and optimizer state are replicated; every table's rows are split over the devices
+of the mesh (`partition.py`). There is no data position apart from `step`: batches are a pure
+function of (seed, step, group).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hstu_jax.tables import spec as table_spec
+from hstu_jax.tables import update
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """State after `step` optimizer steps. Fields are `Any`: such trees also hold shardings.
+
+    Attributes:
+        step: [] int32, number of completed steps.
+        params: dense parameters, the tree of the Linen modules.
+        opt_state: optax state of the dense parameters.
+        tables: table name -> `update.TableState`.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    tables: Any
+
+
+def init_tables(
+    specs: tuple[table_spec.TableSpec, ...], key: jax.Array, sharding: jax.sharding.Sharding
+) -> dict[str, update.TableState]:
+    """Every table at its first values, drawn on the devices that keep it.
+
+    A table's values depend on the key and its name's place in sorted order, not on the devices.
+    """
+    ordered = sorted(specs, key=lambda spec: spec.name)
+    return {
+        spec.name: update.init_state(
+            spec,
+            jax.random.fold_in(key, number),
+            weights_sharding=sharding,
+            accumulator_sharding=sharding,
+        )
+        for number, spec in enumerate(ordered)
+    }
+
+
+def init_state(
+    params: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+    tables: dict[str, update.TableState],
+    replicated: jax.sharding.Sharding,
+) -> TrainState:
+    """The state before the first step, on the mesh."""
+    params = jax.device_put(params, replicated)
+    opt_state = jax.jit(optimizer.init, out_shardings=replicated)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
+    return TrainState(step=step, params=params, opt_state=opt_state, tables=tables)

@@ -1,0 +1,38 @@
+"""A small configuration for the training tests: KuaiRand's features, a model of width 16."""
+
+from configs import kuairand
+from hstu_jax.config import resolve, schema
+
+
+def small_config(store, workdir, **overrides) -> schema.Config:
+    """The sample's configuration cut down; `overrides` are dotted paths with `__` for dots."""
+    raw = kuairand.get_config("sample")
+    raw.workdir = str(workdir)
+    raw.data.path = str(store.path)
+    raw.data.batch_size, raw.data.block_len = 16, 16
+    raw.data.queries_per_group = 120
+    raw.data.negative_sampler.num_sample = 24
+    raw.model.user_tower.max_seq_len = 42
+    stu = raw.model.user_tower.hstu.stu
+    stu.embedding_dim, stu.num_heads, stu.hidden_dim, stu.attention_dim = 16, 2, 8, 8
+    hstu = raw.model.user_tower.hstu
+    hstu.positional_encoder.num_position_buckets = 64
+    hstu.positional_encoder.num_time_buckets = 64
+    raw.model.item_tower.mlp.hidden_units = (16,)
+    for name in ("uih_seq__video_id", "cand_seq__video_id"):
+        raw.features[name].embedding_dim = 16
+        raw.features[name].num_buckets = 1_024
+    for name in raw.feature_groups.contextual:
+        raw.features[name].embedding_dim = 8
+    raw.features.user_id.num_buckets = 256
+    raw.train.num_epochs, raw.train.num_steps = 0, 6
+    raw.train.log_step_count_steps, raw.train.save_checkpoints_steps = 2, 3
+    raw.train.use_tensorboard = False
+    raw.eval.baselines = False
+    for path, value in overrides.items():
+        *sections, name = path.split("__")
+        section = raw
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return resolve.resolve(raw)
