@@ -42,11 +42,13 @@ class Record:
         config: the resolved configuration as text (`resolve.to_text`).
         data_fingerprint: of the event store.
         num_steps: length of the run that wrote it.
+        log_sums: what the next log line had summed up by then (`loop.LogWindow`).
     """
 
     config: str
     data_fingerprint: str
     num_steps: int
+    log_sums: tuple[float, ...] = ()
 
 
 class Checkpointer:
@@ -97,7 +99,8 @@ class Checkpointer:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )
-        return Record(**restored["record"])
+        values = restored["record"]
+        return Record(**{**values, "log_sums": tuple(values["log_sums"])})
 
     def restore(self, step: int, like: state_lib.TrainState) -> state_lib.TrainState:
         """The state of a checkpoint.

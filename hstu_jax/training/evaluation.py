@@ -77,6 +77,11 @@ class Evaluation:
         """Every mean, for the metric log."""
         return {**self.metrics.means(), **self.sampled}
 
+    def line(self) -> str:
+        """Recall and NDCG at every cutoff, for the screen."""
+        shown = {n: v for n, v in self.metrics.means().items() if n.startswith(("recall", "ndcg"))}
+        return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+
     def interval(self, name: str, *, num_resamples: int) -> tuple[float, float]:
         """95 % bootstrap interval over query-users of one metric."""
         return ranking.bootstrap_interval(

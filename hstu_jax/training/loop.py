@@ -13,7 +13,7 @@ import numpy as np
 
 from hstu_jax.config import schema
 from hstu_jax.data import event_store
-from hstu_jax.training import checkpoint, evaluation, metric_log
+from hstu_jax.training import checkpoint, counting, evaluation, metric_log
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 from hstu_jax.training import step as step_lib
@@ -65,17 +65,20 @@ def fit(
     state = run_lib.init_state(run)
     echo(run_lib.describe(run, state))
     latest = checkpointer.latest_step()
+    log_sums: tuple[float, ...] = ()
     if latest is not None:
         where = f"{run.workdir}/checkpoints/{latest}"
-        checkpoint.check_resumable(checkpointer.read_record(latest), run.record(), where=where)
+        saved = checkpointer.read_record(latest)
+        checkpoint.check_resumable(saved, run.record(), where=where)
         state = checkpointer.restore(latest, state)
+        log_sums = saved.log_sums
         echo(f"resumed   from {where}")
     log = metric_log.MetricLog(
         run.workdir, start_step=latest or 0, use_tensorboard=config.train.use_tensorboard
     )
     started = time.perf_counter()
     try:
-        state = _train(run, state, checkpointer, log, echo)
+        state = _train(run, state, checkpointer, log, log_sums, echo)
         if checkpointer.latest_step() != int(state.step):
             checkpointer.save(state, run.record())
         checkpointer.wait()
@@ -134,6 +137,7 @@ def _train(
     state: state_lib.TrainState,
     checkpointer: checkpoint.Checkpointer,
     log: metric_log.MetricLog,
+    log_sums: tuple[float, ...],
     echo: Print,
 ) -> state_lib.TrainState:
     """The steps, from the state's own to the run's last."""
@@ -142,8 +146,9 @@ def _train(
     if first >= run.num_steps:
         echo(f"done      the workdir is at step {first} of {run.num_steps}; nothing to train")
         return state
-    window = _Window(first, run.config.metrics.recall_at_k)
+    window = LogWindow(first, run.config.metrics.recall_at_k, sums=log_sums)
     pending: tuple[int, step_lib.StepMetrics] | None = None
+    validate = _Validation(run, log, echo) if run.config.eval.every_num_steps else None
     with run.pipeline.iterate(
         start_step=first, stop_step=run.num_steps, device_put=run.put
     ) as batches:
@@ -152,7 +157,7 @@ def _train(
             state, metrics = run.train_step(state, host_batch.batch)
             if step == first + 1:
                 jax.block_until_ready(metrics)
-                compile_s = window.restart_clock()
+                compile_s = window.restart_clock(step)
                 echo(f"compiled  the training step in {compile_s:.1f} s")
             # Look at a step's numbers while the next one runs, not before it may start.
             if pending is not None:
@@ -170,34 +175,76 @@ def _train(
                 if pending is not None:  # never save a state whose loss was not looked at
                     window.add(*pending)
                     pending = None
-                checkpointer.save(state, run.record())
-            every = run.config.eval.every_num_steps
-            if every and step % every == 0 and not is_last:
-                result = evaluation.evaluate(run, state, split="validation")
-                log.write(step, "validation", result.scalars())
-                echo(f"          validation: {result.line()}")
-                window.restart_clock()
+                checkpointer.save(state, run.record(window.sums))
+            if validate is not None and step % validate.every == 0 and not is_last:
+                validate(step, state)
+                window.restart_clock(step)
     return state
 
 
-class _Window:
-    """Sums of the steps since the last log line."""
+class _Validation:
+    """Whole-catalogue evaluation on the validation split while training.
 
-    def __init__(self, step: int, top_k: tuple[int, ...]):
+    Args:
+        run: the run.
+        log: where the figures go.
+        echo: where they are shown.
+    """
+
+    def __init__(self, run: run_lib.Run, log: metric_log.MetricLog, echo: Print):
+        self._run, self._log, self._echo = run, log, echo
+        self.every = run.config.eval.every_num_steps
+        config = run.config.eval
+        self._eval_set = evaluation.make_eval_set(
+            run.store, split="validation", exclude_seen=config.exclude_seen
+        )
+        self._baselines: dict[str, evaluation.Evaluation] = {}
+        if config.baselines:
+            self._baselines, _ = counting.counting_baselines(run.store, self._eval_set, config)
+
+    def __call__(self, step: int, state: state_lib.TrainState) -> None:
+        """Evaluates a state, and shows the counted baselines, which do not change, beside it."""
+        result = evaluation.evaluate(self._run, state, self._eval_set)
+        self._log.write(step, "validation", result.scalars())
+        self._echo(f"valid     step {step}: {result.line()}")
+        for name, baseline in self._baselines.items():
+            self._echo(f"          {name}: {baseline.line()}")
+
+
+class LogWindow:
+    """Sums of the steps since the last log line.
+
+    Args:
+        step: number of completed steps.
+        top_k: cutoffs of recall.
+        sums: `sums` of the window that a stopped run had open; () starts an empty one.
+    """
+
+    def __init__(self, step: int, top_k: tuple[int, ...], *, sums: tuple[float, ...] = ()):
         self._top_k = top_k
-        self._start_step = step
+        self._clock_step = step
         self._data_wait_s = 0.0
         self._restart()
+        if sums:
+            self._sums, self._hits = np.array(sums[:4]), np.array(sums[4:])
 
     def _restart(self) -> None:
         self._sums = np.zeros(4)  # loss, queries, users, tokens
         self._hits = np.zeros(len(self._top_k))
+        self._timed = np.zeros(4)  # the same sums, since the clock was started
         self._started = time.perf_counter()
 
-    def restart_clock(self) -> float:
+    @property
+    def sums(self) -> tuple[float, ...]:
+        """The open window, to go on from after a stop."""
+        return (*self._sums.tolist(), *self._hits.tolist())
+
+    def restart_clock(self, step: int) -> float:
         """Leaves what came before (a compilation, an evaluation) out of the rates."""
         now = time.perf_counter()
         elapsed, self._started = now - self._started, now
+        self._timed[:] = 0
+        self._clock_step = step
         return elapsed
 
     def add(self, step: int, metrics: step_lib.StepMetrics) -> None:
@@ -209,12 +256,12 @@ class _Window:
                 "Lower train.*.lr, or look at the batch of this step: batches are a function of "
                 "(seed, step)."
             )
-        self._sums += [
-            metrics.loss_sum,
-            metrics.num_queries,
-            metrics.num_users,
-            metrics.num_tokens,
-        ]
+        step_sums = np.array(
+            [metrics.loss_sum, metrics.num_queries, metrics.num_users, metrics.num_tokens],
+            dtype=np.float64,
+        )
+        self._sums += step_sums
+        self._timed += step_sums
         self._hits += metrics.recall_hits
 
     def close(self, step: int, *, data_wait_s: float) -> dict[str, float]:
@@ -225,17 +272,18 @@ class _Window:
             data_wait_s: seconds spent waiting for batches since the run's start.
         """
         elapsed = max(time.perf_counter() - self._started, 1e-9)
-        loss_sum, queries, users, tokens = self._sums
+        loss_sum, queries, _, _ = self._sums
+        _, _, users, tokens = self._timed
         values = {"loss": loss_sum / max(queries, 1)}
         for k, hits in zip(self._top_k, self._hits, strict=True):
             values[f"recall@{k}"] = hits / max(queries, 1)
         values |= {
             "users_per_s": users / elapsed,
             "tokens_per_s": tokens / elapsed,
-            "steps_per_s": (step - self._start_step) / elapsed,
+            "steps_per_s": max(step - self._clock_step, 1) / elapsed,
             "data_wait_share": min((data_wait_s - self._data_wait_s) / elapsed, 1.0),
         }
         self._data_wait_s = data_wait_s
-        self._start_step = step
+        self._clock_step = step
         self._restart()
         return {name: float(value) for name, value in values.items()}

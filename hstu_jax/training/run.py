@@ -54,9 +54,10 @@ class Run:
         """Folder of checkpoints and metrics."""
         return pathlib.Path(self.config.workdir)
 
-    def record(self) -> checkpoint.Record:
+    def record(self, log_sums: tuple[float, ...] = ()) -> checkpoint.Record:
         """What a checkpoint of this run says of itself."""
         return checkpoint.Record(
+            log_sums=log_sums,
             config=resolve.to_text(self.config),
             data_fingerprint=self.store.fingerprint(),
             num_steps=self.num_steps,

@@ -1,0 +1,124 @@
+"""Dropout whose bits depend on the token, not on where the token lies.
+
+A bit is a function of (key, user index in the global batch, position in the history, channel), so
+packing, padding, sharding and computing only the last position do not change it (DESIGN 3.5). Which
+keys exist is decided in `encoder.py`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.extend.random
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+
+# One hash of two 32-bit counters gives two words, cut into lanes of 16 bits: four channels.
+_LANE_BITS = 16
+_CHANNELS_PER_HASH = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenIdentity:
+    """What a token's random bits are made from.
+
+    Attributes:
+        user_index: number of the token's user in the global batch.
+        position: position in the user's segment.
+    """
+
+    user_index: Int[Array, "*tokens"]
+    position: Int[Array, "*tokens"]
+
+
+def keep_threshold(rate: float) -> int:
+    """Lanes below this value are dropped: `rate` rounded to a multiple of 2**-16.
+
+    Raises:
+        ValueError: a rate outside [0, 1), or so near 1 that everything would be dropped.
+    """
+    threshold = round(rate * 2**_LANE_BITS)
+    if not 0 <= threshold < 2**_LANE_BITS:
+        raise ValueError(f"rate={rate}: must be in [0, 1); 0 switches dropout off.")
+    return threshold
+
+
+def random_lanes(
+    key: PRNGKeyArray, identity: TokenIdentity, *, num_channels: int
+) -> UInt32[Array, "*tokens D"]:
+    """16 random bits for every channel of every token.
+
+    threefry-2x32(key; user_index, position * ceil(D / 4) + channel // 4), lane channel % 4. The
+    second counter is taken modulo 2**32: bits repeat only 2**32 / ceil(D / 4) positions apart.
+
+    Args:
+        key: a typed key of the default (threefry) implementation.
+        identity: whose bits.
+        num_channels: D.
+
+    Raises:
+        ValueError: a key of another implementation.
+    """
+    words = jax.random.key_data(key)
+    if words.shape != (2,):
+        raise ValueError(f"key={key}: must be one threefry key; make it with jax.random.key(seed).")
+    num_hashes = -(-num_channels // _CHANNELS_PER_HASH)
+    position = identity.position.astype(jnp.uint32)[..., None]
+    ones = (1,) * (position.ndim - 1)
+    hash_index = jnp.arange(num_hashes, dtype=jnp.uint32).reshape(*ones, -1)
+    second = position * jnp.uint32(num_hashes) + hash_index
+    first = jnp.broadcast_to(identity.user_index.astype(jnp.uint32)[..., None], second.shape)
+    # The function hashes pairs (count[i], count[n + i]) of a flat array of 2n counters.
+    counts = jnp.concatenate([first.reshape(-1), second.reshape(-1)])
+    low, high = jax.extend.random.threefry_2x32(words, counts).reshape(2, *second.shape)
+    mask = jnp.uint32(2**_LANE_BITS - 1)
+    lanes = [low & mask, low >> _LANE_BITS, high & mask, high >> _LANE_BITS]
+    stacked = jnp.stack(lanes, axis=-1).reshape(*identity.position.shape, -1)
+    return stacked[..., :num_channels]
+
+
+def dropout(
+    x: Float[Array, "*tokens D"],
+    *,
+    rate: float,
+    key: PRNGKeyArray | None,
+    identity: TokenIdentity,
+) -> Float[Array, "*tokens D"]:
+    """Zeroes channels with probability `rate` and scales the others by the inverse keep rate.
+
+    Args:
+        x: tokens.
+        rate: probability, rounded to a multiple of 2**-16; the scale uses the rounded value.
+        key: key of this step and layer; None = evaluation, nothing is dropped.
+        identity: whose tokens these are.
+    """
+    return dropout_parts((x,), rate=rate, key=key, identity=identity)[0]
+
+
+def dropout_parts(
+    parts: Sequence[Float[Array, "*tokens _"]],
+    *,
+    rate: float,
+    key: PRNGKeyArray | None,
+    identity: TokenIdentity,
+) -> tuple[Float[Array, "*tokens _"], ...]:
+    """`dropout` of the concatenation of `parts`, without making it.
+
+    Args:
+        parts: arrays over the same tokens; channels count through all of them.
+        rate: as for `dropout`, and so are the others.
+        key: see there.
+        identity: see there.
+    """
+    threshold = keep_threshold(rate)
+    if key is None or threshold == 0:
+        return tuple(parts)
+    num_channels = sum(part.shape[-1] for part in parts)
+    keep_mask = random_lanes(key, identity, num_channels=num_channels) >= threshold
+    scale = 2**_LANE_BITS / (2**_LANE_BITS - threshold)
+    kept, start = [], 0
+    for part in parts:
+        mask = keep_mask[..., start : start + part.shape[-1]]
+        kept.append(jnp.where(mask, part * scale, 0.0))
+        start += part.shape[-1]
+    return tuple(kept)

@@ -1,0 +1,167 @@
+"""Tokens of a batch -> one vector per user: the HSTU encoder and the mean-pooling baseline.
+
+preprocess -> positions and times -> dropout -> STU stack -> postprocess -> last token (FACTS 5).
+The mean encoder leaves the stack out and averages instead. `towers.py` is the next file.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from hstu_jax.features import batch as features_batch
+from hstu_jax.model import dropout, normalization, positional_encoder, preprocessor, stu
+from pallas_kernels.hstu_attention import layout as attention_layout
+
+
+def build_sequence(
+    layout: attention_layout.SequenceLayout, user_index: Int[Array, "S"]
+) -> tuple[stu.Sequence, Int[Array, "R L"]]:
+    """Derives what the layers need from the layout, and the segment of each slot (-1 = padding)."""
+    segment = attention_layout.token_segments(layout)
+    starts, lengths = jnp.asarray(layout.starts), jnp.asarray(layout.lengths)
+    num_slots = layout.num_rows * layout.row_len
+    sequence = stu.Sequence(
+        layout=layout,
+        tokens=dropout.TokenIdentity(
+            user_index=user_index[jnp.maximum(segment, 0)],
+            position=attention_layout.token_positions(layout),
+        ),
+        last=dropout.TokenIdentity(user_index=user_index, position=jnp.maximum(lengths - 1, 0)),
+        last_slot=jnp.where(lengths > 0, starts + lengths - 1, num_slots),
+    )
+    return sequence, segment
+
+
+class Encoder(nn.Module):
+    """What both encoders share: tokens with positions, and the postprocessor.
+
+    Attributes:
+        preprocess: makes the tokens.
+        positions: adds positions and times.
+        input_dropout_ratio: dropout of the encoded tokens.
+        postprocessor: applied to the output vector. (The reference applies it at every position
+            and then takes the last: the same.)
+    """
+
+    preprocess: preprocessor.UihPreprocessor
+    positions: positional_encoder.PositionalEncoder
+    input_dropout_ratio: float
+    postprocessor: Literal["l2norm", "layernorm"]
+
+    def setup(self):
+        if self.postprocessor == "layernorm":
+            self.output_norm = normalization.LayerNorm()
+
+    def embed(
+        self,
+        history: Float[Array, "G R L F"],
+        contextual: Float[Array, "G U C Cf"],
+        batch: features_batch.Batch,
+        *,
+        dropout_key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "GR L D"], stu.Sequence, Int[Array, "GR L"]]:
+        """Tokens as the first layer reads them (zeros in padding), their sequence and segments."""
+        groups, rows, row_len, _ = history.shape
+        num_users = groups * contextual.shape[1]
+        layout = attention_layout.merge_groups(
+            batch.segment_starts,
+            batch.segment_lengths,
+            batch.block_pairs,
+            batch.num_block_pairs,
+            num_rows_per_group=rows,
+            row_len=row_len,
+            block_len=batch.block_len,
+        )
+        sequence, segment = build_sequence(layout, batch.user_index.reshape(-1))
+        token_mask = segment >= 0
+        tokens = self.preprocess(
+            history.reshape(groups * rows, *history.shape[2:]),
+            contextual.reshape(num_users, *contextual.shape[2:]),
+            action=batch.action.reshape(-1, row_len),
+            watch_time_s=batch.watch_time_s.reshape(-1, row_len),
+            layout=layout,
+            history_mask=token_mask & (sequence.tokens.position >= self.preprocess.contextual_len),
+        )
+        tokens = self.positions(
+            tokens,
+            position=sequence.tokens.position,
+            segment_len=jnp.asarray(layout.lengths)[jnp.maximum(segment, 0)],
+            time_gap_s=batch.time_gap_s.reshape(-1, row_len),
+            token_mask=token_mask,
+        )
+        tokens = dropout.dropout(
+            tokens, rate=self.input_dropout_ratio, key=dropout_key, identity=sequence.tokens
+        )
+        return tokens, sequence, segment
+
+    def finish(self, x: Float[Array, "S D"], sequence: stu.Sequence) -> Float[Array, "S D"]:
+        """Postprocessed vectors; exact zeros for users without a single token."""
+        x = normalization.l2_normalize(x) if self.postprocessor == "l2norm" else self.output_norm(x)
+        is_used = jnp.asarray(sequence.layout.lengths) > 0
+        return jnp.where(is_used[:, None], x, 0.0)
+
+
+class HstuEncoder(Encoder):
+    """The STU stack's output at each user's last token.
+
+    Attributes:
+        stack: the layers.
+        last_layer: compute the last layer at all positions, or only where it is read. The same
+            numbers; "all_positions" exists for models that read every position, and as a check.
+
+    Source: TorchEasyRec 1.3.16, HSTU match encoder; FACTS 5.
+    """
+
+    stack: stu.StuStack
+    last_layer: Literal["last_position", "all_positions"] = "last_position"
+
+    def __call__(
+        self,
+        history: Float[Array, "G R L F"],
+        contextual: Float[Array, "G U C Cf"],
+        batch: features_batch.Batch,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "S D"]:
+        """One vector per user slot, groups flattened."""
+        input_key, stack_key = _split_key(dropout_key)
+        x, sequence, _ = self.embed(history, contextual, batch, dropout_key=input_key)
+        if self.last_layer == "last_position":
+            x = self.stack.last_position(x, sequence, dropout_key=stack_key)
+        else:
+            x = stu.take_last(self.stack(x, sequence, dropout_key=stack_key), sequence)
+        return self.finish(x, sequence)
+
+
+class MeanEncoder(Encoder):
+    """The mean of a user's tokens: what a model without sequence layers can do with the inputs."""
+
+    def __call__(
+        self,
+        history: Float[Array, "G R L F"],
+        contextual: Float[Array, "G U C Cf"],
+        batch: features_batch.Batch,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "S D"]:
+        """One vector per user slot, groups flattened."""
+        input_key, _ = _split_key(dropout_key)
+        x, sequence, segment = self.embed(history, contextual, batch, dropout_key=input_key)
+        lengths = jnp.asarray(sequence.layout.lengths)
+        num_users = lengths.shape[0]
+        # Padding goes to a bin of its own, past the users.
+        bins = jnp.where(segment >= 0, segment, num_users).reshape(-1)
+        total = jax.ops.segment_sum(x.reshape(-1, x.shape[-1]), bins, num_segments=num_users + 1)[
+            :num_users
+        ]
+        return self.finish(total / jnp.maximum(lengths, 1)[:, None], sequence)
+
+
+def _split_key(dropout_key):
+    """Keys of the input dropout and of the stack."""
+    if dropout_key is None:
+        return None, None
+    return jax.random.fold_in(dropout_key, 0), jax.random.fold_in(dropout_key, 1)

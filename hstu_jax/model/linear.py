@@ -1,0 +1,50 @@
+"""Linear layers with the reference's initialisers, and the plain MLP.
+
+`nn.Dense` of Flax starts from other distributions; the ones here are torch's default and Xavier
+uniform (FACTS 4). Used by `preprocessor.py`, `contextual_mlp.py` and `towers.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+xavier_uniform = nn.initializers.xavier_uniform()
+
+
+def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for the weight and bias of a Linear."""
+    return symmetric_uniform(fan_in**-0.5)
+
+
+def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
+    """U(-bound, bound)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+    return init
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias over the last axis; kernel is [in, out].
+
+    Attributes:
+        features: width of the output.
+        init: "fan_in" = torch's default for both; "xavier" = Xavier uniform kernel, zero bias.
+    """
+
+    features: int
+    init: str = "fan_in"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        """The projected array."""
+        width = x.shape[-1]
+        if self.init == "fan_in":
+            kernel_init = bias_init = uniform_fan_in(width)
+        else:
+            kernel_init, bias_init = xavier_uniform, nn.initializers.zeros
+        kernel = self.param("kernel", kernel_init, (width, self.features))
+        bias = self.param("bias", bias_init, (self.features,))
+        return jnp.dot(x, kernel) + bias.reshape(*(1,) * (x.ndim - 1), -1)

@@ -1,0 +1,289 @@
+"""HSTU Match: both towers, and `build_model`, the only place where a configuration becomes modules.
+
+Pure: parameters, looked-up embeddings and a Batch in, vectors out. Tables are looked up before
+(`hstu_jax.tables`), scores and the loss come after (`hstu_jax.losses`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from hstu_jax.config import model_schema, schema
+from hstu_jax.features import batch as features_batch
+from hstu_jax.model import (
+    action_encoder,
+    encoder,
+    positional_encoder,
+    preprocessor,
+    stu,
+    towers,
+)
+from hstu_jax.model import (
+    lookups as model_lookups,
+)
+from pallas_kernels.hstu_attention import mask as attention_mask
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Towers:
+    """Vectors of one shard. Fields are `Any`: trees of this shape also hold specs.
+
+    Attributes:
+        user: [G, U, E] per user slot; zeros in unused slots.
+        positive: [G, Q, E] per query; finite and meaningless where the query is masked.
+        negative: [G, M, E] per negative.
+    """
+
+    user: Any
+    positive: Any
+    negative: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputWidths:
+    """Sizes of the looked-up embeddings, taken from the feature groups.
+
+    Attributes:
+        history: F, all `uih` id features side by side.
+        contextual_len: C, number of contextual features.
+        contextual: Cf, their common width; 0 when there are none.
+        candidate: Fc, all `candidate` id features side by side.
+    """
+
+    history: int
+    contextual_len: int
+    contextual: int
+    candidate: int
+
+
+class HstuMatch(nn.Module):
+    """The two towers; made by `build_model`.
+
+    Attributes:
+        user_tower: history -> vector.
+        item_tower: embedding -> vector.
+        widths: sizes of the inputs.
+    """
+
+    user_tower: towers.UserTower
+    item_tower: towers.ItemTower
+    widths: InputWidths
+
+    def __call__(
+        self,
+        lookups: model_lookups.Lookups,
+        batch: features_batch.Batch,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Towers:
+        """Vectors of users, positives and negatives of one shard.
+
+        Args:
+            lookups: embeddings; slots that hold nothing may hold anything, also NaN.
+            batch: the shard's groups.
+            dropout_key: key of this training step; None = evaluation.
+        """
+        query_mask = jnp.asarray(batch.query_mask)[..., None]
+        return Towers(
+            user=self.user(lookups.history, lookups.contextual, batch, dropout_key),
+            positive=self.item(jnp.where(query_mask, lookups.positive, 0.0)),
+            negative=self.item(lookups.negative),
+        )
+
+    def user(
+        self,
+        history: Float[Array | np.ndarray, "G R L F"],
+        contextual: Float[Array | np.ndarray, "G U C Cf"],
+        batch: features_batch.Batch,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "G U E"]:
+        """User vectors alone; see `__call__`."""
+        history, contextual, batch = jax.tree.map(jnp.asarray, (history, contextual, batch))
+        return self.user_tower(history, contextual, batch, dropout_key=dropout_key)
+
+    def item(self, embedding: Float[Array | np.ndarray, "*batch Fc"]) -> Float[Array, "*batch E"]:
+        """Item vectors alone, for any leading axes."""
+        return self.item_tower(jnp.asarray(embedding))
+
+
+def build_model(
+    config: model_schema.ModelConfig,
+    features: Mapping[str, schema.IdFeature],
+    feature_groups: Mapping[str, tuple[str, ...]],
+) -> HstuMatch:
+    """The modules that a configuration describes.
+
+    Args:
+        config: `Config.model`.
+        features: `Config.features`, for the widths of the embeddings.
+        feature_groups: `Config.feature_groups`.
+
+    Raises:
+        ValueError: contextual features of unequal width, or towers of unequal width.
+    """
+    widths = _input_widths(features, feature_groups)
+    user_width = config.output_dim or config.user_tower.hstu.stu.embedding_dim
+    mlp = config.item_tower.mlp
+    item_width = config.output_dim or (mlp.hidden_units[-1] if mlp else widths.candidate)
+    if user_width != item_width:
+        raise ValueError(
+            f"model.user_tower.hstu.stu.embedding_dim={user_width}: the item tower's vectors are "
+            f"{item_width} wide and must be as wide as the user's; end model.item_tower.mlp."
+            f"hidden_units with {user_width}, or set model.output_dim."
+        )
+    normalize = config.similarity == "COSINE"
+    return HstuMatch(
+        user_tower=towers.UserTower(
+            encoder=_build_encoder(config, widths),
+            output_dim=config.output_dim,
+            normalize=normalize,
+        ),
+        item_tower=towers.ItemTower(
+            mlp=towers.Mlp(mlp.hidden_units, mlp.activation) if mlp else None,
+            output_dim=config.output_dim,
+            normalize=normalize,
+        ),
+        widths=widths,
+    )
+
+
+def init_params(model: HstuMatch, key: PRNGKeyArray) -> dict:
+    """Random float32 parameters of the model, without the embedding tables.
+
+    Args:
+        model: from `build_model`.
+        key: decides every value.
+
+    Returns:
+        The tree to pass as `model.apply({"params": tree}, ...)`.
+    """
+    lookups, batch = _smallest_inputs(model.widths)
+    return jax.jit(model.init)(key, lookups, batch)["params"]
+
+
+def _input_widths(features, feature_groups) -> InputWidths:
+    contextual = [features[name].embedding_dim for name in feature_groups.get("contextual", ())]
+    if len(set(contextual)) > 1:
+        raise ValueError(
+            f"feature_groups.contextual={tuple(feature_groups['contextual'])}: embedding_dim must "
+            f"be the same for all, got {tuple(contextual)}; choose one."
+        )
+    return InputWidths(
+        history=sum(features[name].embedding_dim for name in feature_groups["uih"]),
+        contextual_len=len(contextual),
+        contextual=contextual[0] if contextual else 0,
+        candidate=sum(features[name].embedding_dim for name in feature_groups["candidate"]),
+    )
+
+
+def _build_encoder(config, widths):
+    hstu = config.user_tower.hstu
+    shared = dict(
+        preprocess=_build_preprocessor(hstu, widths),
+        positions=positional_encoder.PositionalEncoder(
+            **dataclasses.asdict(hstu.positional_encoder), contextual_len=widths.contextual_len
+        ),
+        input_dropout_ratio=hstu.input_dropout_ratio,
+        postprocessor=hstu.output_postprocessor,
+    )
+    if config.user_tower.encoder == "mean":
+        return encoder.MeanEncoder(**shared)
+    layers = tuple(
+        build_stu_layer(
+            hstu.stu,
+            contextual_len=widths.contextual_len,
+            max_seq_len=config.user_tower.max_seq_len,
+            implementation=config.kernel,
+        )
+        for _ in range(hstu.attn_num_layers)
+    )
+    return encoder.HstuEncoder(
+        **shared, stack=stu.StuStack(layers=layers), last_layer=hstu.last_layer
+    )
+
+
+def _build_preprocessor(hstu, widths):
+    config = hstu.input_preprocessor.uih_preprocessor
+    actions, hidden_dim = None, 0
+    if config.action_encoder is not None:
+        fields = dataclasses.asdict(config.action_encoder.simple_action_encoder)
+        actions = action_encoder.SimpleActionEncoder(**fields)
+        hidden_dim = config.action_mlp.simple_mlp.hidden_dim
+    return preprocessor.UihPreprocessor(
+        output_dim=hstu.stu.embedding_dim,
+        contextual_len=widths.contextual_len,
+        actions=actions,
+        action_hidden_dim=hidden_dim,
+    )
+
+
+def build_stu_layer(
+    config: model_schema.StuConfig,
+    *,
+    contextual_len: int,
+    max_seq_len: int,
+    implementation: str = "auto",
+) -> stu.StuLayer:
+    """One layer of the stack.
+
+    Args:
+        config: `stu` section.
+        contextual_len: C, for the mask's prefix rule.
+        max_seq_len: divisor of attention where `scaling_seqlen` is negative.
+        implementation: of the attention.
+    """
+    return stu.StuLayer(
+        embedding_dim=config.embedding_dim,
+        num_heads=config.num_heads,
+        hidden_dim=config.hidden_dim,
+        attention_dim=config.attention_dim,
+        use_group_norm=config.use_group_norm,
+        output_dropout_ratio=config.output_dropout_ratio,
+        alpha=config.attn_alpha or config.attention_dim**-0.5,
+        divisor=float(config.scaling_seqlen if config.scaling_seqlen > 0 else max_seq_len),
+        rule=attention_mask.MaskRule(
+            contextual_len=contextual_len, max_attn_len=config.max_attn_len
+        ),
+        qk_bias_init=config.qk_bias_init,
+        implementation=implementation,
+    )
+
+
+def _smallest_inputs(widths):
+    """One group with one user, one query, one negative: enough to create the parameters."""
+    num_slots = widths.contextual_len + 1
+    lookups = model_lookups.Lookups(
+        history=jnp.zeros((1, 1, num_slots, widths.history)),
+        contextual=jnp.zeros((1, 1, widths.contextual_len, widths.contextual)),
+        positive=jnp.zeros((1, 1, widths.candidate)),
+        negative=jnp.zeros((1, 1, widths.candidate)),
+    )
+    slots = jnp.zeros((1, 1, num_slots), dtype=jnp.int32)
+    one = jnp.zeros((1, 1), dtype=jnp.int32)
+    batch = features_batch.Batch(
+        segment_starts=one,
+        segment_lengths=one + num_slots,
+        block_pairs=jnp.zeros((1, 1, 3), dtype=jnp.int32),
+        num_block_pairs=jnp.ones((1,), dtype=jnp.int32),
+        history={},
+        action=slots,
+        watch_time_s=slots.astype(jnp.float32),
+        time_gap_s=slots.astype(jnp.float32),
+        contextual={},
+        user_index=one,
+        user_mask=one == 0,
+        positive={},
+        positive_user=one,
+        query_mask=one == 0,
+        positive_log_q=one.astype(jnp.float32),
+        negative={},
+        negative_log_q=one.astype(jnp.float32),
+        block_len=num_slots,
+    )
+    return lookups, batch

@@ -1,0 +1,115 @@
+"""Scales the tokens and adds where and when they stand (FACTS 3).
+
+With time encoding, positions count backwards from the newest event and a second table is read at
+the event's age (`time_buckets.py`); without, positions count from the front. Used by `encoder.py`.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from hstu_jax.model import linear, time_buckets
+
+
+def forward_positions(
+    position: Int[Array, "*tokens"], *, num_position_buckets: int
+) -> Int[Array, "*tokens"]:
+    """Table row without time encoding: min(i, P - 1), contextual tokens included."""
+    return jnp.minimum(position, num_position_buckets - 1)
+
+
+def backward_positions(
+    position: Int[Array, "*tokens"],
+    segment_len: Int[Array, "*tokens"],
+    *,
+    contextual_len: int,
+    num_position_buckets: int,
+) -> Int[Array, "*tokens"]:
+    """Table row with time encoding: i for contextual tokens, else min(len - i + C, P - 1).
+
+    The newest history token stands at C + 1; older ones count up and saturate at P - 1.
+
+    Args:
+        position: i, from the segment's first token.
+        segment_len: tokens of the token's segment, contextual ones included.
+        contextual_len: C.
+        num_position_buckets: P.
+    """
+    backward = jnp.minimum(segment_len - position + contextual_len, num_position_buckets - 1)
+    return jnp.where(position < contextual_len, position, backward)
+
+
+class PositionalEncoder(nn.Module):
+    """sqrt(D) * x + (time row + position row).
+
+    Attributes:
+        num_position_buckets: P, rows of the position table.
+        num_time_buckets: T; the time table has T + 1 rows.
+        use_time_encoding: count positions backwards and add the time row.
+        time_bucket_fn: how ages are compressed.
+        time_bucket_increments: seconds.
+        contextual_len: C.
+
+    Source: TorchEasyRec 1.3.16, tzrec/modules/gr/positional_encoder.py; FACTS 3. Positions of
+    contextual tokens past the table saturate here and fail there.
+    """
+
+    num_position_buckets: int
+    num_time_buckets: int
+    use_time_encoding: bool
+    time_bucket_fn: time_buckets.BucketFn
+    time_bucket_increments: float
+    contextual_len: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "R L D"],
+        *,
+        position: Int[Array, "R L"],
+        segment_len: Int[Array, "R L"],
+        time_gap_s: Float[Array, "R L"],
+        token_mask: Bool[Array, "R L"],
+    ) -> Float[Array, "R L D"]:
+        """Encodes the tokens.
+
+        Args:
+            x: tokens; padding holds finite values.
+            position: position of each slot in its segment.
+            segment_len: length of each slot's segment.
+            time_gap_s: request time minus event time; the request time itself for contextual slots.
+            token_mask: slots that hold a token.
+
+        Returns:
+            Encoded tokens, zeros in padding.
+        """
+        width = x.shape[-1]
+        num_positions = self.num_position_buckets
+        positions = self.param(
+            "position_embedding",
+            linear.symmetric_uniform(num_positions**-0.5),
+            (num_positions, width),
+        )
+        if self.use_time_encoding:
+            row = backward_positions(
+                position,
+                segment_len,
+                contextual_len=self.contextual_len,
+                num_position_buckets=num_positions,
+            )
+            times = self.param(
+                "time_embedding",
+                linear.symmetric_uniform(self.num_time_buckets**-0.5),
+                (self.num_time_buckets + 1, width),
+            )
+            bucket = time_buckets.time_buckets(
+                time_gap_s,
+                num_time_buckets=self.num_time_buckets,
+                increments=self.time_bucket_increments,
+                fn=self.time_bucket_fn,
+            )
+            added = times.at[bucket].get(mode="clip") + positions.at[row].get(mode="clip")
+        else:
+            row = forward_positions(position, num_position_buckets=num_positions)
+            added = positions.at[row].get(mode="clip")
+        return jnp.where(token_mask[..., None], width**0.5 * x + added, 0.0)

@@ -1,0 +1,393 @@
+"""Replays one recorded case through this package and compares outputs and gradients.
+
+One function per operation of the reference. Users are packed, several to a row, wherever the
+operation has rows, so that parity and packing are checked at once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hstu_jax.config import model_schema
+from hstu_jax.model import (
+    action_encoder,
+    contextual_mlp,
+    encoder,
+    match,
+    normalization,
+    positional_encoder,
+    preprocessor,
+    reference_weights,
+    stu,
+    time_buckets,
+    towers,
+)
+from pallas_kernels.hstu_attention import api as attention
+from pallas_kernels.hstu_attention import mask as attention_mask
+from tests import golden_cases
+from tests.model import batches
+
+ENCODER = "user_tower._hstu_encoder."
+_PREPROCESSOR = f"{ENCODER}_input_preprocessor."
+# Per family: (forward atol, rtol), (gradient atol, rtol), from the recorder's notes on tolerances.
+_A = (2e-6, 1e-5), (1e-5, 1e-4)
+_B = (1e-5, 1e-5), (1e-4, 1e-4)
+_C = (1e-6, 1e-6), (1e-5, 1e-5)
+_D = (1e-5, 1e-5), (1e-4, 1e-4)
+E_TOLERANCE = (2e-5, 1e-5), (2e-4, 1e-3)
+
+
+def close(actual, desired, tolerance, name):
+    """Asserts equality up to (atol, rtol); the message names the array."""
+    atol, rtol = tolerance
+    np.testing.assert_allclose(
+        np.asarray(actual), desired, atol=atol, rtol=rtol, err_msg=name, equal_nan=False
+    )
+
+
+def check(case, out_name, fn, inputs, params, tolerance, *, name_of):
+    """fn(params, inputs) against `out.<out_name>`, gradients against `grad_in` and `grad_w`.
+
+    Args:
+        case: the recorded case.
+        out_name: name of its output and cotangent.
+        fn: (params, dict of inputs in the case's own jagged form) -> output in that form.
+        inputs: differentiable inputs.
+        params: our parameters.
+        tolerance: (forward, gradient).
+        name_of: gradient tree of the parameters -> {reference name: array}.
+    """
+
+    @jax.jit
+    def run(params, inputs, cotangent):
+        out, vjp = jax.vjp(fn, params, inputs)
+        return out, vjp(cotangent)
+
+    cotangent = jnp.asarray(case[f"cot.{out_name}"])
+    out, (grad_params, grad_inputs) = run(params, inputs, cotangent)
+    close(out, case[f"out.{out_name}"], tolerance[0], out_name)
+    recorded = case.group("grad_in")
+    assert set(recorded) <= set(grad_inputs), f"{set(recorded)} not in {set(grad_inputs)}"
+    for name, value in recorded.items():
+        close(grad_inputs[name], value, tolerance[1], f"grad_in.{name}")
+    check_weight_grads(case.group("grad_w"), name_of(grad_params), tolerance[1])
+
+
+def check_weight_grads(recorded, grads, tolerance):
+    """Every recorded weight gradient; parameters without effect must be recorded as zero."""
+    for name, value in recorded.items():
+        if name in grads:
+            close(grads[name], value, tolerance, f"grad_w.{name}")
+        else:
+            np.testing.assert_array_equal(value, 0, err_msg=f"grad_w.{name} is not ours")
+
+
+def sub_params(case, module, reference_prefix, path, *example, **keywords):
+    """Our parameters of a sub-module from `w.*`, and the way back for gradients."""
+    keys = path.split("/")
+
+    def nest(tree):
+        for key in reversed(keys):
+            tree = {key: tree}
+        return tree
+
+    like = jax.eval_shape(functools.partial(module.init, **keywords), jax.random.key(0), *example)
+    like = like.get("params", {})
+    weights = {reference_prefix + name: value for name, value in case.group("w").items()}
+    params = reference_weights.to_params(weights, like=nest(like))
+    for key in keys:
+        params = params[key]
+
+    def name_of(grads):
+        named = reference_weights.from_params(nest(grads))
+        return {name.removeprefix(reference_prefix): value for name, value in named.items()}
+
+    return jax.tree.map(jnp.asarray, params), name_of
+
+
+def place(lengths, *, rule=batches.ANY_RULE):
+    """Packs users into rows a little longer than the longest, so that rows have padding."""
+    lengths = [int(n) for n in lengths]
+    return batches.place(lengths, row_len=max(lengths) + 3, packed=True, block_len=8, rule=rule)
+
+
+def to_grid(placement, jagged, *, fill=jnp.nan):
+    """[sum of lengths, ...] -> [R, L, ...] inside a differentiated function."""
+    flat = jnp.full((placement.num_rows * placement.row_len, *jagged.shape[1:]), fill)
+    flat = flat.at[placement.slots].set(jagged)
+    return flat.reshape(placement.num_rows, placement.row_len, *jagged.shape[1:])
+
+
+def from_grid(placement, grid):
+    """[R, L, ...] -> [sum of lengths, ...]."""
+    return grid.reshape(-1, *grid.shape[2:])[placement.slots]
+
+
+def run_attention(case: golden_cases.Case) -> None:
+    """Family A: `hstu_mha`."""
+    args = case.args
+    rule = attention_mask.MaskRule(
+        contextual_len=args["contextual_seq_len"],
+        max_attn_len=args["max_attn_len"],
+        min_full_attn_len=args["min_full_attn_seq_len"],
+        sla_k1=args["sla_k1"],
+        sla_k2=args["sla_k2"],
+    )
+    targets = case.arrays.get("in.num_targets")
+    placement = place(args["lengths"], rule=rule)
+    divisor = args["scaling_seqlen"] if args["scaling_seqlen"] > 0 else args["max_seq_len"]
+    layout = placement.layout(targets)
+
+    def fn(params, inputs):
+        del params
+        out = attention.hstu_attention(
+            to_grid(placement, inputs["q"]),
+            to_grid(placement, inputs["k"]),
+            to_grid(placement, inputs["v"]),
+            layout=layout,
+            rule=rule,
+            alpha=args["alpha"],
+            divisor=float(divisor),
+            num_targets=None if targets is None else jnp.asarray(targets, jnp.int32),
+        )
+        return from_grid(placement, out)
+
+    inputs = {name: jnp.asarray(case[f"in.{name}"]) for name in "qkv"}
+    check(case, "o", fn, inputs, {}, _A, name_of=lambda grads: {})
+
+
+def run_stu_stack(case: golden_cases.Case) -> None:
+    """Family B: `STUStack`."""
+    layer = {"contextual_seq_len": 0, "scaling_seqlen": -1, **case.args["layer"]}
+    contextual_len = layer.pop("contextual_seq_len")
+    config = model_schema.StuConfig(**layer)
+    layers = tuple(
+        match.build_stu_layer(
+            config, contextual_len=contextual_len, max_seq_len=case.args["max_seq_len"]
+        )
+        for _ in range(case.args["n_layers"])
+    )
+    stack = stu.StuStack(layers=layers)
+    placement = place(case.args["lengths"], rule=layers[0].rule)
+    user_index = jnp.arange(len(placement.lengths))
+    sequence, _ = encoder.build_sequence(placement.layout(), user_index)
+
+    def fn(params, inputs):
+        x = to_grid(placement, inputs["x"], fill=0.0)
+        return from_grid(placement, stack.apply({"params": params}, x, sequence))
+
+    inputs = {"x": jnp.asarray(case["in.x"])}
+    params, name_of = sub_params(
+        case,
+        stack,
+        f"{ENCODER}_stu_module.",
+        "user_tower/encoder/stack",
+        to_grid(placement, inputs["x"], fill=0.0),
+        sequence=sequence,
+    )
+    check(case, "y", fn, inputs, params, _B, name_of=name_of)
+
+
+def run_positional_encoder(case: golden_cases.Case) -> None:
+    """Family C: `HSTUPositionalEncoder`, looked-up rows included."""
+    args = case.args
+    module = positional_encoder.PositionalEncoder(
+        num_position_buckets=args["num_position_buckets"],
+        num_time_buckets=args["num_time_buckets"],
+        use_time_encoding=args["use_time_encoding"],
+        time_bucket_fn=args["time_bucket_fn"],
+        time_bucket_increments=args["time_bucket_increments"],
+        contextual_len=args["contextual_seq_len"],
+    )
+    placement = place(args["lengths"])
+    lengths = np.asarray(args["lengths"])
+    gap = time_gaps(case["in.timestamps"], case.arrays.get("in.query_time"), lengths)
+    position = np.concatenate([np.arange(n) for n in lengths])
+    segment_len = np.repeat(lengths, lengths)
+    grids = dict(
+        position=jnp.asarray(placement.to_grid(position.astype(np.int32))),
+        segment_len=jnp.asarray(placement.to_grid(segment_len.astype(np.int32))),
+        time_gap_s=jnp.asarray(placement.to_grid(gap, fill=np.nan)),
+        token_mask=jnp.asarray(placement.to_grid(np.ones(len(gap), bool))),
+    )
+
+    def fn(params, inputs):
+        x = to_grid(placement, inputs["x"], fill=0.0)
+        return from_grid(placement, module.apply({"params": params}, x, **grids))
+
+    inputs = {"x": jnp.asarray(case["in.x"])}
+    params, name_of = sub_params(
+        case,
+        module,
+        f"{ENCODER}_positional_encoder.",
+        "user_tower/encoder/positions",
+        jnp.zeros((*grids["position"].shape, inputs["x"].shape[-1])),
+        **grids,
+    )
+    check(case, "y", fn, inputs, params, _C, name_of=name_of)
+    rows = _position_rows(args, position, segment_len)
+    np.testing.assert_array_equal(rows, case["aux.pos_index"], err_msg="aux.pos_index")
+    if args["use_time_encoding"]:
+        bucket = jax.jit(time_buckets.time_buckets, static_argnames=_BUCKET_ARGS)(
+            jnp.asarray(gap),
+            num_time_buckets=args["num_time_buckets"],
+            increments=args["time_bucket_increments"],
+            fn=args["time_bucket_fn"],
+        )
+        np.testing.assert_array_equal(bucket, case["aux.time_bucket"], err_msg="aux.time_bucket")
+
+
+_BUCKET_ARGS = ("num_time_buckets", "increments", "fn")
+
+
+def _position_rows(args, position, segment_len):
+    position, segment_len = jnp.asarray(position), jnp.asarray(segment_len)
+    num_positions = args["num_position_buckets"]
+    if not args["use_time_encoding"]:
+        return positional_encoder.forward_positions(position, num_position_buckets=num_positions)
+    return positional_encoder.backward_positions(
+        position,
+        segment_len,
+        contextual_len=args["contextual_seq_len"],
+        num_position_buckets=num_positions,
+    )
+
+
+def time_gaps(timestamps, query_time, lengths):
+    """Anchor minus timestamp per token, in the recorded dtype as the reference subtracts."""
+    ends = np.cumsum(lengths)
+    if query_time is None:
+        anchor = np.array([timestamps[max(end - 1, 0)] for end in ends], timestamps.dtype)
+    else:
+        anchor = query_time[:, 0].astype(timestamps.dtype)
+    return (np.repeat(anchor, lengths) - timestamps).astype(np.float32)
+
+
+def run_action_encoder(case: golden_cases.Case) -> None:
+    """Family D: `SimpleActionEncoder` on tokens without targets."""
+    args = case.args
+    module = action_encoder.SimpleActionEncoder(
+        action_embedding_dim=args["action_embedding_dim"],
+        action_weights=tuple(args["action_weights"]),
+        watchtime_to_action_thresholds=tuple(
+            float(t) for t in args.get("watchtime_to_action_thresholds", ())
+        ),
+        watchtime_to_action_weights=tuple(args.get("watchtime_to_action_weights", ())),
+    )
+    assert module.output_dim == args["output_dim"]
+    action = jnp.asarray(case["in.actions"].astype(np.int32)).T
+    watch_time_s = jnp.asarray(case.arrays.get("in.watchtimes", case["in.actions"])).T
+    params, name_of = sub_params(
+        case,
+        module,
+        f"{_PREPROCESSOR}_action_encoder.",
+        "user_tower/encoder/preprocess/actions",
+        action,
+        watch_time_s,
+    )
+
+    def fn(params, inputs):
+        return module.apply({"params": params}, action, watch_time_s)[0]
+
+    check(case, "y", fn, {}, params, _D, name_of=name_of)
+
+
+def run_simple_mlp(case: golden_cases.Case) -> None:
+    """Family D: `SimpleContextualizedMLP`; it does not read the contextual features."""
+    args = case.args
+    module = contextual_mlp.SimpleMlp(args["hidden_dim"], args["sequential_output_dim"])
+    prefix = f"{_PREPROCESSOR}_action_embedding_mlp."
+    _run_rowwise(case, module, prefix, "user_tower/encoder/preprocess/action_mlp")
+
+
+def run_swish_layer_norm(case: golden_cases.Case) -> None:
+    """Family D: `SwishLayerNorm`."""
+    prefix = f"{_PREPROCESSOR}_action_embedding_mlp._mlp.1."
+    path = "user_tower/encoder/preprocess/action_mlp/swish_norm"
+    _run_rowwise(case, contextual_mlp.SwishLayerNorm(), prefix, path)
+
+
+def run_layer_norm(case: golden_cases.Case) -> None:
+    """Family D: `LayerNorm` and `LayerNormPostprocessor`."""
+    module = normalization.LayerNorm(eps=case.args["eps"])
+    prefix = f"{ENCODER}_output_postprocessor._layer_norm."
+    if case.op == "LayerNormPostprocessor":
+        case = case.renamed("_layer_norm.", "")
+    _run_rowwise(case, module, prefix, "user_tower/encoder/output_norm")
+
+
+def run_l2_norm(case: golden_cases.Case) -> None:
+    """Family D: `L2NormPostprocessor`."""
+    inputs = {"x": jnp.asarray(case["in.x"])}
+    check(
+        case,
+        "y",
+        lambda params, inputs: normalization.l2_normalize(inputs["x"]),
+        inputs,
+        {},
+        _D,
+        name_of=lambda grads: {},
+    )
+
+
+def run_mlp(case: golden_cases.Case) -> None:
+    """Family D: `MLP`."""
+    module = towers.Mlp(tuple(case.args["hidden_units"]), case.args["activation"])
+    _run_rowwise(case, module, "item_tower.mlp.", "item_tower/mlp")
+
+
+def _run_rowwise(case, module, reference_prefix, path):
+    """A module of one input array `x`; the inputs it does not have are recorded as zero."""
+    inputs = {name: jnp.asarray(case[f"in.{name}"]) for name in case.group("grad_in")}
+    params, name_of = sub_params(case, module, reference_prefix, path, inputs["x"])
+
+    def fn(params, inputs):
+        return module.apply({"params": params}, inputs["x"])
+
+    check(case, "y", fn, inputs, params, _D, name_of=name_of)
+
+
+def run_preprocessor(case: golden_cases.Case) -> None:
+    """Family D: the UIH preprocessor without an action encoder."""
+    args = case.args
+    contextual_len = args["max_contextual_seq_len"]
+    module = preprocessor.UihPreprocessor(
+        output_dim=args["output_embedding_dim"],
+        contextual_len=contextual_len,
+        actions=None,
+        action_hidden_dim=0,
+    )
+    lengths = np.asarray(args["uih_lengths"]) + contextual_len
+    np.testing.assert_array_equal(lengths, case["out.seq_lengths"])
+    placement = place(lengths)
+    is_history = np.concatenate([np.arange(n) >= contextual_len for n in lengths])
+    grid_shape = (placement.num_rows, placement.row_len)
+    contextual_dim = args["contextual_feature_dim"]
+
+    def call(inputs):
+        history = jnp.full((len(is_history), inputs["uih.sequence"].shape[-1]), jnp.nan)
+        history = history.at[np.flatnonzero(is_history)].set(inputs["uih.sequence"])
+        contextual = inputs.get("contextual", jnp.zeros((len(lengths), 0)))
+        return (
+            to_grid(placement, history),
+            contextual.reshape(len(lengths), contextual_len, contextual_dim),
+        ), dict(
+            action=jnp.zeros(grid_shape, jnp.int32),
+            watch_time_s=jnp.zeros(grid_shape),
+            layout=placement.layout(),
+            history_mask=jnp.asarray(placement.to_grid(is_history)),
+        )
+
+    inputs = {name: jnp.asarray(case[f"in.{name}"]) for name in case.group("grad_in")}
+    arrays, keywords = call(inputs)
+    params, name_of = sub_params(
+        case, module, _PREPROCESSOR, "user_tower/encoder/preprocess", *arrays, **keywords
+    )
+
+    def fn(params, inputs):
+        arrays, keywords = call(inputs)
+        return from_grid(placement, module.apply({"params": params}, *arrays, **keywords))
+
+    check(case, "embeddings", fn, inputs, params, _D, name_of=name_of)
