@@ -116,7 +116,7 @@ def slow_windows(events, options):
         group = groups[-1] if groups else None
         if group is None or user[group[0]] != user[event]:
             joins = False
-        elif options.mode == "day":
+        elif options.mode == "day" or (options.mode == "train_events" and split[event] > 0):
             joins = day[group[0]] == day[event]
         else:
             joins = split[group[0]] == split[event] and len(group) < options.window_events
@@ -151,6 +151,7 @@ def slow_windows(events, options):
         windowing.WindowOptions(min_history=4, utc_offset_s=-3_600),
         windowing.WindowOptions(mode="events", window_events=4),
         windowing.WindowOptions(mode="events", window_events=1, max_positives=1),
+        windowing.WindowOptions(mode="train_events", window_events=3),
     ],
 )
 def test_equal_to_the_slow_rule(options):
@@ -175,7 +176,7 @@ def test_equal_to_the_slow_rule(options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "week"}, r"window_mode='week': unknown; choose 'day' or 'events'"),
+        ({"mode": "week"}, r"window_mode='week': unknown; choose from \('day', 'events', 'tr"),
         ({"window_events": 0}, "window_events=0: must be at least 1"),
         ({"max_positives": 0}, "max_positives=0: must be at least 1"),
         ({"min_history": -1}, "min_history=-1: must be 0 or more"),
