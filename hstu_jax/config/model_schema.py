@@ -238,6 +238,9 @@ class ModelConfig:
     similarity: Literal["COSINE", "INNER_PRODUCT"] = "INNER_PRODUCT"
     temperature: float = 1.0
     kernel: Literal["auto", "xla"] = "auto"
+    # Not in the reference: "aligned" starts both towers in the item embedding's coordinates, which
+    # learns from far less data (`hstu_jax/model/initialization.py`).
+    initialization: Literal["reference", "aligned"] = "reference"
 
     def __post_init__(self):
         require(self.output_dim >= 0, "output_dim", self.output_dim, "must not be negative")

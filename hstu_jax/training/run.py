@@ -16,7 +16,7 @@ import numpy as np
 from hstu_jax.config import resolve, schema
 from hstu_jax.data import event_store
 from hstu_jax.features import pipeline as pipeline_lib
-from hstu_jax.model import match
+from hstu_jax.model import initialization, match
 from hstu_jax.training import checkpoint, partition, step
 from hstu_jax.training import state as state_lib
 
@@ -117,8 +117,13 @@ def init_state(run: Run) -> state_lib.TrainState:
     key = jax.random.key(run.config.seed)
     param_key, table_key = jax.random.split(key)
     replicated = partition.replicated_sharding(run.mesh)
+    params = match.init_params(run.program.model, param_key)
+    model = run.config.model
+    if model.initialization == "aligned":
+        stu = model.user_tower.hstu.stu
+        params = initialization.align(params, value_width=stu.num_heads * stu.hidden_dim)
     return state_lib.init_state(
-        match.init_params(run.program.model, param_key),
+        params,
         optimizer=run.program.optimizer,
         tables=state_lib.init_tables(
             run.program.specs, table_key, partition.split_sharding(run.mesh)
