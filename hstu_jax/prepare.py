@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from_raw.add_argument("--include_random", action="store_true", help="read log_random_* too")
     share = kuairand.KuaiRandOptions().max_bad_watch_share
     from_raw.add_argument("--max_bad_watch_share", type=float, default=share)
-    for command in (from_seed, from_raw):
-        _add_common_flags(command)
+    _add_common_flags(from_seed, defaults.windows)
+    _add_common_flags(from_raw, windowing.WindowOptions())
     flags = parser.parse_args(argv)
     try:
         windows = windowing.WindowOptions(
@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(summary.describe(store))
 
 
-def _add_common_flags(command: argparse.ArgumentParser) -> None:
-    rules = windowing.WindowOptions()
+def _add_common_flags(command: argparse.ArgumentParser, rules: windowing.WindowOptions) -> None:
     command.add_argument("--out_dir", required=True, help="folder to make")
     command.add_argument("--overwrite", action="store_true", help="replace an event store there")
     command.add_argument("--window_mode", choices=windowing.WINDOW_MODES, default=rules.mode)

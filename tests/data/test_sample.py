@@ -29,7 +29,8 @@ def test_size_of_the_default(default_store):
     assert 200_000 <= len(store.events) <= 400_000
     days = (store.events.timestamp_s + windowing.UTC_PLUS_8_S) // windowing.SECONDS_PER_DAY
     assert len(np.unique(days)) == 12
-    assert 5 <= store.stats["mean_positives_per_window"] <= 10
+    test_positives = store.stats["positives_per_split"]["test"]
+    assert 5 <= test_positives / store.stats["windows_per_split"]["test"] <= 10
     counts = np.sort(np.bincount(store.events.item_index, minlength=store.num_items))[::-1]
     assert counts[: store.num_items // 10].sum() > 0.3 * counts.sum()  # popularity skew
     hours = (store.events.timestamp_s + windowing.UTC_PLUS_8_S) // 3_600 % 24
