@@ -36,8 +36,11 @@ class IdFeature:
     num_buckets: int = 0
     embedding_dim: int = 32
     embedding_name: str = ""  # "" = the feature has a table of its own, `<feature>_emb`
+    # First values are uniform in [-init_bound, init_bound]; 0 = the reference's sqrt(1 / num_buckets).
+    init_bound: float = 0.0
 
     def __post_init__(self):
+        require(self.init_bound >= 0, "init_bound", self.init_bound, "must not be negative")
         require(self.num_buckets > 0, "num_buckets", self.num_buckets, "must be positive")
         require(self.embedding_dim > 0, "embedding_dim", self.embedding_dim, "must be positive")
 
@@ -315,14 +318,14 @@ def _check_tables(config: Config) -> None:
     sizes = {}
     for name, table in config.embedding_names.items():
         feature = config.features[name]
-        size = (feature.num_buckets, feature.embedding_dim)
+        size = (feature.num_buckets, feature.embedding_dim, feature.init_bound)
         other, other_size = sizes.setdefault(table, (name, size))
         require(
             size == other_size,
             f"features.{name}.embedding_name",
             table,
-            f"shares a table with features.{other}, whose (num_buckets, embedding_dim) is "
-            f"{other_size}, not {size}",
+            f"shares a table with features.{other}, whose (num_buckets, embedding_dim, init_bound) "
+            f"is {other_size}, not {size}",
             "make them equal or give one another embedding_name",
         )
 

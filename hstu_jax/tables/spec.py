@@ -34,11 +34,13 @@ class TableSpec:
         name: the `embedding_name`; features that share it share the table.
         num_rows: number of ids, which are 0..num_rows-1.
         dim: width of a row.
+        init_bound: first values lie within +- this; 0 = sqrt(1 / num_rows).
     """
 
     name: str
     num_rows: int
     dim: int
+    init_bound: float = 0.0
 
     def __post_init__(self):
         if not 1 <= self.num_rows <= _MAX_ROWS:
@@ -50,6 +52,11 @@ class TableSpec:
             raise ValueError(
                 f"dim={self.dim} (table {self.name!r}): must be at least 1; "
                 "set the feature's embedding_dim."
+            )
+        if not self.init_bound >= 0:
+            raise ValueError(
+                f"init_bound={self.init_bound} (table {self.name!r}): must not be negative; 0 is "
+                "sqrt(1 / num_rows)."
             )
 
     @property
@@ -103,8 +110,8 @@ def init_weights(
 ) -> Float[Array, "rows dim"]:
     """First values of a table, drawn on the devices that keep them.
 
-    weights ~ U(-sqrt(1 / num_rows), sqrt(1 / num_rows)), padding rows 0. A value depends on the key
-    and its place only, not on the number of devices.
+    weights ~ U(-b, b) with b = init_bound, or sqrt(1 / num_rows) where that is 0; padding rows 0. A
+    value depends on the key and its place only, not on the number of devices.
 
     Args:
         spec: the table.
@@ -126,7 +133,7 @@ def _draw(spec: TableSpec, key: Array) -> Float[Array, "rows dim"]:
     In one piece the random bits take three times the table's memory. The loop runs along the
     stripes, so each device of a split table draws its own part.
     """
-    limit = math.sqrt(1.0 / spec.num_rows)
+    limit = spec.init_bound or math.sqrt(1.0 / spec.num_rows)
     stripe_rows = spec.padded_rows // VIRTUAL_SHARDS
     slab_rows = min(stripe_rows, math.ceil(_SLAB_VALUES / (VIRTUAL_SHARDS * spec.dim)))
     shape = (VIRTUAL_SHARDS, slab_rows, spec.dim)

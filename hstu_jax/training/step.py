@@ -78,7 +78,10 @@ def make_program(config: schema.Config, *, num_steps: int) -> Program:
     features, tables = config.features, config.embedding_names
     specs = {
         tables[name]: table_spec.TableSpec(
-            name=tables[name], num_rows=feature.num_buckets, dim=feature.embedding_dim
+            name=tables[name],
+            num_rows=feature.num_buckets,
+            dim=feature.embedding_dim,
+            init_bound=feature.init_bound,
         )
         for name, feature in features.items()
     }

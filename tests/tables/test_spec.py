@@ -82,3 +82,11 @@ def test_bad_sizes_are_refused():
         spec.TableSpec("video", 2**31, 4)
     with pytest.raises(ValueError, match=r"dim=0 \(table 'video'\): must be at least 1"):
         spec.TableSpec("video", 10, 0)
+
+
+def test_init_bound_replaces_the_references_bound():
+    wide = spec.TableSpec("t", num_rows=500, dim=8, init_bound=0.5)
+    weights = np.asarray(spec.init_weights(wide, jax.random.key(0)))
+    assert 0.49 < np.abs(weights).max() <= 0.5
+    with pytest.raises(ValueError, match=r"init_bound=-1\.0 \(table 't'\): must not be negative"):
+        spec.TableSpec("t", num_rows=500, dim=8, init_bound=-1.0)
