@@ -36,7 +36,7 @@ class IdFeature:
     num_buckets: int = 0
     embedding_dim: int = 32
     embedding_name: str = ""  # "" = the feature has a table of its own, `<feature>_emb`
-    # First values are uniform in [-init_bound, init_bound]; 0 = the reference's sqrt(1 / num_buckets).
+    # First values are uniform within +- this; 0 = the reference's sqrt(1 / num_buckets).
     init_bound: float = 0.0
 
     def __post_init__(self):
@@ -102,6 +102,10 @@ class DataConfig:
     queries_per_group: int = 0  # positives of a group, at most; 0 = 12 per user
     block_len: int = 128  # tokens in a block of the attention schedule
     num_prefetch: int = 2  # batches made ahead, in a background thread
+    # Takes one kind of input away, to measure what it is worth (`hstu_jax/features/ablation.py`).
+    ablation: Literal["none", "no_actions", "no_time", "shuffled_order", "shuffled_targets"] = (
+        "none"
+    )
     negative_sampler: NegativeSamplerConfig = NegativeSamplerConfig()
 
     def __post_init__(self):

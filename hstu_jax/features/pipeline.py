@@ -22,6 +22,7 @@ from hstu_jax.config import schema
 from hstu_jax.data import event_store
 from hstu_jax.data import schema as data_schema
 from hstu_jax.features import (
+    ablation,
     columns,
     item_weights,
     negatives,
@@ -195,6 +196,15 @@ class Pipeline:
             shape=shape,
             group_rng=lambda group: random_streams.generator(
                 seed=seed, stream=stream, major=major, minor=group
+            ),
+        )
+        batch = ablation.apply(
+            self._config.data.ablation,
+            batch,
+            num_contextual=self._config.num_contextual,
+            is_training=self._order == "shuffled",
+            rng=random_streams.generator(
+                seed=seed, stream=random_streams.Stream.ABLATION, major=major
             ),
         )
         return HostBatch(

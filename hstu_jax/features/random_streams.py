@@ -19,6 +19,7 @@ class Stream(enum.IntEnum):
     STEP_ORDER = 2
     NEGATIVES = 3
     EVAL_NEGATIVES = 4
+    ABLATION = 5
 
 
 def generator(*, seed: int, stream: Stream, major: int, minor: int = 0) -> np.random.Generator:

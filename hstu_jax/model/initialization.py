@@ -1,9 +1,9 @@
 """Another starting point than the reference's: both towers in the item embedding's coordinates.
 
 With the reference's initialisers a history item reaches the user vector through three unrelated
-random matrices, and the action encoding is an order of magnitude larger than the item. On small data
-that start costs more than the training has (measured in `docs/results.md`). `align` changes values,
-never shapes: the model, its parameters and its exports stay the reference's.
+random matrices, and the action encoding is an order of magnitude larger than the item. On small
+data that start costs more than the training has (measured in `docs/results.md`). `align` changes
+values, never shapes: the model, its parameters and its exports stay the reference's.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# The action MLP ends in a layer norm, whose output is sqrt(D) long: small beside the items at first.
+# The action MLP ends in a layer norm, whose output is sqrt(D) long: small beside items at first.
 _ACTION_SCALE = 0.1
 # Attention's share of the first user vectors; 3 to 10 learned alike on the generated sample.
 _VALUE_GAIN = 5.0

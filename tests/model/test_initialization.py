@@ -1,4 +1,4 @@
-"""The aligned start: shapes stay, the item's path is an identity, everything else keeps its value."""
+"""The aligned start: shapes stay, the item's path is an identity, the rest keeps its value."""
 
 import jax
 import numpy as np

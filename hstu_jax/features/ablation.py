@@ -1,0 +1,80 @@
+"""What a model loses without one kind of input: batches with that input taken away.
+
+For checks and for the ablation table of `docs/results.md`; chosen by `data.ablation`. A model must
+be trained and evaluated on the same kind, so all but the targets are changed in both.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from hstu_jax.features.batch import Batch
+
+Ablation = Literal["none", "no_actions", "no_time", "shuffled_order", "shuffled_targets"]
+
+
+def apply(
+    kind: Ablation,
+    batch: Batch,
+    *,
+    num_contextual: int,
+    is_training: bool,
+    rng: np.random.Generator,
+) -> Batch:
+    """The batch without one kind of input.
+
+    Args:
+        kind: "no_actions": no action bits and no watch times. "no_time": every time gap is 0,
+            positions stay. "shuffled_order": what was watched is dealt anew to the times of each
+            user's history, so that neither positions nor clocks tell the order.
+            "shuffled_targets": the positives of a group are dealt anew to its queries; training
+            only. "none": unchanged.
+        batch: on the host; not changed.
+        num_contextual: C.
+        is_training: whether the batch is for training.
+        rng: decides the shuffles.
+    """
+    if kind == "no_actions":
+        zeros = np.zeros_like(batch.action)
+        return dataclasses.replace(
+            batch, action=zeros, watch_time_s=np.zeros_like(batch.watch_time_s)
+        )
+    if kind == "no_time":
+        return dataclasses.replace(batch, time_gap_s=np.zeros_like(batch.time_gap_s))
+    if kind == "shuffled_order":
+        return _shuffle_order(batch, num_contextual, rng)
+    if kind == "shuffled_targets" and is_training:
+        return _shuffle_targets(batch, rng)
+    return batch
+
+
+def _shuffle_order(batch: Batch, num_contextual: int, rng: np.random.Generator) -> Batch:
+    groups = batch.segment_starts.shape[0]
+    flat = {name: np.array(values).reshape(groups, -1) for name, values in batch.history.items()}
+    action = np.array(batch.action).reshape(groups, -1)
+    watch_time_s = np.array(batch.watch_time_s).reshape(groups, -1)
+    for group, user in np.argwhere(batch.segment_lengths > num_contextual):
+        start = batch.segment_starts[group, user] + num_contextual
+        stop = batch.segment_starts[group, user] + batch.segment_lengths[group, user]
+        order = rng.permutation(np.arange(start, stop))
+        for values in (*flat.values(), action, watch_time_s):
+            values[group, start:stop] = values[group, order]
+    shape = batch.action.shape
+    return dataclasses.replace(
+        batch,
+        history={name: values.reshape(shape) for name, values in flat.items()},
+        action=action.reshape(shape),
+        watch_time_s=watch_time_s.reshape(shape),
+    )
+
+
+def _shuffle_targets(batch: Batch, rng: np.random.Generator) -> Batch:
+    positive = {name: np.array(values) for name, values in batch.positive.items()}
+    log_q = np.array(batch.positive_log_q)
+    for group in range(batch.query_mask.shape[0]):
+        used = np.flatnonzero(batch.query_mask[group])
+        order = rng.permutation(used)
+        for values in (*positive.values(), log_q):
+            values[group, used] = values[group, order]
+    return dataclasses.replace(batch, positive=positive, positive_log_q=log_q)
