@@ -47,10 +47,12 @@ def get_config(variant: str = "sample") -> ml_collections.ConfigDict:
     c.workdir = f"runs/kuairand_{variant}"
     c.data.path = folder
     if variant == "seed":
-        _features(c, users=users, items=items, item_dim=512, contextual_dim=32, categories=None)
+        sizes = dict(item_dim=512, item_bound=0.0, contextual_dim=32, categories=None)
+        _features(c, users=users, items=items, **sizes)
         _seed(c)
     else:
-        _features(c, users=users, items=items, item_dim=64, contextual_dim=16, categories=16)
+        sizes = dict(item_dim=128, item_bound=0.5, contextual_dim=16, categories=16)
+        _features(c, users=users, items=items, **sizes)
         _small(c)
         if variant == "sample":
             c.data.source = "sample"
@@ -58,10 +60,20 @@ def get_config(variant: str = "sample") -> ml_collections.ConfigDict:
 
 
 def _features(
-    c, *, users: int, items: int, item_dim: int, contextual_dim: int, categories: int | None
+    c,
+    *,
+    users: int,
+    items: int,
+    item_dim: int,
+    item_bound: float,
+    contextual_dim: int,
+    categories: int | None,
 ) -> None:
     video = schema.IdFeature(
-        num_buckets=items, embedding_dim=item_dim, embedding_name="video_id_emb"
+        num_buckets=items,
+        embedding_dim=item_dim,
+        embedding_name="video_id_emb",
+        init_bound=item_bound,
     )
     features = {"uih_seq__video_id": video, "cand_seq__video_id": video}
     for name, buckets in _CONTEXTUAL.items():
@@ -83,20 +95,23 @@ def _features(
 
 
 def _small(c) -> None:
-    """A small model that trains in minutes on two CPU cores."""
+    """A small model that trains in a minute on two CPU cores; each value is measured in
+    `docs/results.md`."""
     stu = c.model.user_tower.hstu.stu
-    stu.embedding_dim, stu.num_heads, stu.hidden_dim, stu.attention_dim = 64, 4, 16, 16
-    stu.output_dropout_ratio, stu.use_group_norm, stu.qk_bias_init = 0.1, True, 1.0
+    stu.embedding_dim, stu.num_heads, stu.hidden_dim, stu.attention_dim = 128, 4, 32, 16
+    stu.output_dropout_ratio, stu.use_group_norm, stu.qk_bias_init = 0.2, True, 1.0
     hstu = c.model.user_tower.hstu
-    hstu.input_dropout_ratio, hstu.attn_num_layers = 0.1, 2
-    c.model.user_tower.max_seq_len = 128
+    hstu.input_dropout_ratio, hstu.attn_num_layers = 0.0, 1
+    c.model.user_tower.max_seq_len = 26  # with 6 contextual tokens: rows of one attention block
     c.model.item_tower.mlp = resolve.section(
-        model_schema.MlpConfig(hidden_units=(64,), activation="")
+        model_schema.MlpConfig(hidden_units=(128,), activation="")
     )
-    c.model.similarity, c.model.temperature = "COSINE", 0.1
-    c.data.negative_sampler.num_sample = 512
-    c.train.num_epochs = 8
-    c.train.dense_optimizer.lr, c.train.dense_optimizer.beta2 = 4e-3, 0.98
+    c.model.similarity, c.model.temperature = "COSINE", 0.15
+    c.model.initialization = "aligned"
+    c.data.negative_sampler.num_sample = 2048
+    c.data.batch_size, c.data.block_len = 256, 32
+    c.train.num_epochs = 3
+    c.train.dense_optimizer.lr, c.train.dense_optimizer.beta2 = 3e-3, 0.98
     c.train.sparse_optimizer.lr = 1.0
     c.train.dense_optimizer.learning_rate.schedule = "cosine"
     c.train.sparse_optimizer.learning_rate.schedule = "cosine"

@@ -61,7 +61,7 @@ def test_unknown_field_of_a_feature_names_the_nearest():
         (
             "model.user_tower.hstu.stu.embedding_dim",
             32,
-            r"hidden_units=64: the item tower's width must equal .*embedding_dim=32; .*output_dim",
+            r"hidden_units=128: the item tower's width must equal .*embedding_dim=32; .*output_dim",
         ),
         ("data.row_lens", (64, 134), r"row_lens=\(64, 134\): is read by layout='padded' only"),
         ("data.tokens_per_group", 10, r"tokens_per_group=10: must hold at least one user"),

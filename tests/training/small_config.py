@@ -15,7 +15,9 @@ def small_config(store, workdir, **overrides) -> schema.Config:
     raw.model.user_tower.max_seq_len = 42
     stu = raw.model.user_tower.hstu.stu
     stu.embedding_dim, stu.num_heads, stu.hidden_dim, stu.attention_dim = 16, 2, 8, 8
+    stu.output_dropout_ratio = 0.1
     hstu = raw.model.user_tower.hstu
+    hstu.input_dropout_ratio, hstu.attn_num_layers = 0.1, 2
     hstu.positional_encoder.num_position_buckets = 64
     hstu.positional_encoder.num_time_buckets = 64
     raw.model.item_tower.mlp.hidden_units = (16,)
