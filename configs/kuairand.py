@@ -29,7 +29,7 @@ _DATA = {
     "1k": ("data/kuairand_1k", 1_024, 4_400_000),
     "pure": ("data/kuairand_pure", 27_500, 7_600),
     "27k": ("data/kuairand_27k", 27_500, 32_100_000),
-    "seed": ("data/kuairand_27k", 10_000_000, 10_000_000),
+    "seed": ("data/kuairand_1k", 10_000_000, 10_000_000),
 }
 
 

@@ -3,6 +3,7 @@
 `python -m hstu_jax.train --config=configs/kuairand.py[:variant] --config.field=value --workdir=DIR`
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -38,22 +39,31 @@ def run_main(main: Callable[[schema.Config], None], *, command: str | None = Non
         expected = [] if command is None else [command]
         if argv[1:] != expected:
             raise app.UsageError(f"arguments {argv[1:]} before the flags: expected {expected}.")
-        try:
-            raw = CONFIG.value
-            if WORKDIR.value:
-                raw.workdir = WORKDIR.value
-            config = resolve.resolve(raw)
-            set_up_jax()
-            main(config)
-        except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
-            if os.environ.get("HSTU_JAX_TRACEBACK"):
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            print("(set HSTU_JAX_TRACEBACK=1 to see where it was raised)", file=sys.stderr)
-            sys.exit(2)
+        raw = CONFIG.value
+        if WORKDIR.value:
+            raw.workdir = WORKDIR.value
+        config = resolve.resolve(raw)
+        set_up_jax()
+        main(config)
 
     flags.mark_flag_as_required("config")
-    app.run(absl_main)
+    # absl reads the configuration file while it parses flags: a wrong variant or a misspelt field
+    # is met there, outside of `absl_main`.
+    with _errors_as_messages():
+        app.run(absl_main)
+
+
+@contextlib.contextmanager
+def _errors_as_messages():
+    """Ends the program with the message of an error that is the user's to mend."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, OSError, TypeError, ValueError) as error:
+        if os.environ.get("HSTU_JAX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print("(set HSTU_JAX_TRACEBACK=1 to see where it was raised)", file=sys.stderr)
+        sys.exit(2)
 
 
 def set_up_jax() -> None:
@@ -86,12 +96,34 @@ def unused_accelerator_warning() -> str:
 
 
 def open_data(config: schema.Config) -> event_store.EventStore:
-    """The configuration's event store; a missing generated sample is written first."""
+    """The configuration's event store; a missing generated sample is written first.
+
+    Raises:
+        FileNotFoundError: no prepared data; names the command that makes it.
+        ValueError: the folder holds an older sample, or the oracle is asked of real data.
+    """
     path = config.data.path
-    if config.data.source == "sample" and not os.path.exists(path):
-        print(f"data      {path} is missing: generating the sample (not real users)")
+    wants_sample = config.data.source == "sample"
+    if not os.path.exists(path):
+        if not wants_sample:
+            raise FileNotFoundError(
+                f"data.path={path!r}: no such folder; make it with `python -m hstu_jax.prepare "
+                f"kuairand --raw_dir <folder of the CSV files> --out_dir {path}`."
+            )
+        print(f"data      {path} is missing: generating the sample (invented, not real users)")
         sample.prepare(path)
     store = event_store.open_store(path)
-    if config.data.source == "sample":
+    is_sample = store.stats["source"] == sample.SOURCE
+    if is_sample:
         print(f"data      {path}: GENERATED sample, no real users or items")
+    if config.eval.oracle and not is_sample:
+        raise ValueError(
+            f"eval.oracle=True: only the generated sample has true probabilities, not {path}; "
+            "leave it out."
+        )
+    if wants_sample and store.stats.get("options") != sample.recorded_options():
+        raise ValueError(
+            f"data.path={path!r}: holds a sample of other options than this version's; remove it, "
+            "or set data.source='event_store' to use it as it is."
+        )
     return store

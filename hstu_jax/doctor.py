@@ -9,7 +9,7 @@ import platform
 import jax
 
 from hstu_jax import cli
-from pallas_kernels import dispatch
+from pallas_kernels.hstu_attention import api as attention
 
 _PACKAGES = (
     "hstu_jax",
@@ -36,7 +36,7 @@ def report() -> str:
     lines.append(f"backend: {jax.default_backend()}, {jax.process_count()} process(es)")
     for device in jax.devices():
         lines.append(f"device {device.id}: {device.device_kind} ({device.platform})")
-    lines.append(f"attention kernel for 'auto': {dispatch.choose('auto')}")
+    lines.append(f"attention kernel for 'auto': {attention.auto_implementation()}")
     warning = cli.unused_accelerator_warning()
     if warning:
         lines.append(warning)

@@ -3,8 +3,7 @@
 python -m hstu_jax.evaluate --config=configs/kuairand.py:subset [--config.eval.split=validation]
 """
 
-import json
-import sys
+import pathlib
 
 from absl import flags
 
@@ -20,12 +19,11 @@ def main(config: schema.Config) -> None:
     """Restores, evaluates, prints the table."""
     store = cli.open_data(config)
     result = loop.restore(config, store, step=_STEP.value)
-    table = closing.evaluate_beside_baselines(result.run, result.state)
+    table = closing.evaluate_beside_baselines(result.run, result.state, train_mean=False)
     print(table.text())
     if _OUTPUT.value:
-        with open(_OUTPUT.value, "w") as file:
-            json.dump(table.figures(), file, indent=2)
-        print(f"written to {_OUTPUT.value}", file=sys.stderr)
+        table.write(pathlib.Path(_OUTPUT.value))
+        print(f"figures   {_OUTPUT.value}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     share = kuairand.KuaiRandOptions().max_bad_watch_share
     from_raw.add_argument("--max_bad_watch_share", type=float, default=share)
     _add_common_flags(from_seed, defaults.windows)
+    from_seed.add_argument("--out_dir", default=sample.DEFAULT_DIR, help="folder to make")
     _add_common_flags(from_raw, windowing.WindowOptions())
+    from_raw.add_argument("--out_dir", required=True, help="folder to make")
     flags = parser.parse_args(argv)
     try:
         windows = windowing.WindowOptions(
@@ -61,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_common_flags(command: argparse.ArgumentParser, rules: windowing.WindowOptions) -> None:
-    command.add_argument("--out_dir", required=True, help="folder to make")
     command.add_argument("--overwrite", action="store_true", help="replace an event store there")
     command.add_argument("--window_mode", choices=windowing.WINDOW_MODES, default=rules.mode)
     command.add_argument("--window_events", type=int, default=rules.window_events)

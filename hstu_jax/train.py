@@ -14,7 +14,11 @@ def main(config: schema.Config) -> None:
     """Trains, then evaluates beside the baselines."""
     store = cli.open_data(config)
     result = loop.fit(config, store)
-    print(closing.evaluate_beside_baselines(result.run, result.state).text())
+    print(result.summary())
+    table = closing.evaluate_beside_baselines(result.run, result.state, train_mean=True)
+    path = result.run.workdir / f"closing_{table.split}.json"
+    table.write(path)
+    print(f"{table.text()}\nfigures   {path}")
 
 
 if __name__ == "__main__":

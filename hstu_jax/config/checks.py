@@ -32,3 +32,9 @@ def require(condition: bool, field: str, value: object, rule: str, advice: str =
 def require_ratio(field: str, value: float) -> None:
     """Raises `ConfigError` unless `value` is a probability below 1."""
     require(0 <= value < 1, field, value, "must be in [0, 1)")
+
+
+def require_cutoffs(field: str, cutoffs: tuple[int, ...]) -> None:
+    """Raises `ConfigError` unless `cutoffs` are one or more positive numbers."""
+    is_right = len(cutoffs) > 0 and all(k > 0 for k in cutoffs)
+    require(is_right, field, cutoffs, "must be one or more positive numbers")

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from hstu_jax.config.checks import require, require_ratio
+from hstu_jax.config.checks import require, require_cutoffs, require_ratio
+from hstu_jax.config.data_schema import DataConfig
 from hstu_jax.config.model_schema import ModelConfig
 
 # Group names keep the reference's meaning; towers and encoders look features up by them.
@@ -55,87 +56,6 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NegativeSamplerConfig:
-    """Negatives drawn by item weight, with replacement, shared by one group's queries.
-
-    Weights come from the item table file `input_path` where it is set, else they are the item's
-    number of training events to the power `weight_exponent` (0 = uniform over the items that have
-    at least one).
-    """
-
-    num_sample: int = 128
-    num_eval_sample: int = 0  # 0 = num_sample
-    input_path: str = ""
-    weight_exponent: float = 0.0
-    attr_fields: tuple[str, ...] = ("video_id",)
-    item_id_field: str = "cand_seq__video_id"
-    attr_delimiter: str = ":"
-
-    def __post_init__(self):
-        require(self.num_sample > 0, "num_sample", self.num_sample, "must be positive")
-        require(
-            self.num_eval_sample >= 0,
-            "num_eval_sample",
-            self.num_eval_sample,
-            "must not be negative",
-        )
-        require(
-            self.weight_exponent >= 0,
-            "weight_exponent",
-            self.weight_exponent,
-            "must not be negative",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the rows come from and how they become batches (DESIGN 3.4, 3.5)."""
-
-    path: str = "data/kuairand_sample"  # an event store folder
-    source: Literal["sample", "event_store"] = "event_store"  # "sample": generated when missing
-    batch_size: int = 128  # users in a global batch, at most
-    num_groups: int = 1  # groups of users with negatives of their own; devices split them
-    layout: Literal["packed", "padded"] = "packed"
-    # Packed: slots of a group = rows of `row_len`. 0 = as many slots as users x mean length need.
-    tokens_per_group: int = 0
-    row_lens: tuple[int, ...] = ()  # padded: the short list of row lengths; () = the longest only
-    queries_per_group: int = 0  # positives of a group, at most; 0 = 12 per user
-    block_len: int = 128  # tokens in a block of the attention schedule
-    num_prefetch: int = 2  # batches made ahead, in a background thread
-    # Takes one kind of input away, to measure what it is worth (`hstu_jax/features/ablation.py`).
-    ablation: Literal["none", "no_actions", "no_time", "shuffled_order", "shuffled_targets"] = (
-        "none"
-    )
-    negative_sampler: NegativeSamplerConfig = NegativeSamplerConfig()
-
-    def __post_init__(self):
-        for name in ("batch_size", "num_groups", "block_len", "num_prefetch"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        for name in ("tokens_per_group", "queries_per_group"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        require(
-            self.batch_size % self.num_groups == 0,
-            "batch_size",
-            self.batch_size,
-            f"must be a multiple of num_groups={self.num_groups}",
-            f"try {-(-self.batch_size // self.num_groups) * self.num_groups}",
-        )
-        require(
-            self.layout == "padded" or not self.row_lens,
-            "row_lens",
-            self.row_lens,
-            "is read by layout='padded' only",
-            "leave it empty with layout='packed'",
-        )
-        require(
-            tuple(sorted(set(self.row_lens))) == self.row_lens,
-            "row_lens",
-            self.row_lens,
-            "must be ascending and without repeats",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningRateConfig:
     """Schedule over optimizer steps: linear warm-up, then the base rate or a cosine to `min`."""
 
@@ -145,7 +65,8 @@ class LearningRateConfig:
     min_learning_rate: float = 0.0
 
     def __post_init__(self):
-        require(self.warmup_size >= 0, "warmup_size", self.warmup_size, "must not be negative")
+        for name in ("warmup_size", "warmup_learning_rate", "min_learning_rate"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,11 +139,15 @@ class EvalConfig:
     num_bootstrap: int = 1000
 
     def __post_init__(self):
+        require_cutoffs("top_k", self.top_k)
+        for name in ("every_num_steps", "num_bootstrap"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(self.num_bootstrap > 0, "num_bootstrap", self.num_bootstrap, "must be positive")
         require(
-            len(self.top_k) > 0 and all(k > 0 for k in self.top_k),
-            "top_k",
-            self.top_k,
-            "must be one or more positive numbers",
+            not self.oracle or self.split == "test",
+            "oracle",
+            self.oracle,
+            f"exists for the test split, not for split={self.split!r}",
         )
 
 
@@ -232,6 +157,9 @@ class MetricsConfig:
 
     recall_at_k: tuple[int, ...] = (1, 5)
 
+    def __post_init__(self):
+        require_cutoffs("recall_at_k", self.recall_at_k)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -239,6 +167,11 @@ class MeshConfig:
 
     host: int = 1
     chip: int = -1
+
+    def __post_init__(self):
+        for name in ("host", "chip"):
+            value = getattr(self, name)
+            require(value == -1 or value > 0, name, value, "must be positive, or -1 for the rest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,6 +195,7 @@ class Config:
         _check_tables(self)
         _check_widths(self)
         _check_rows(self)
+        _check_aligned(self)
 
     @property
     def num_contextual(self) -> int:
@@ -316,6 +250,15 @@ def _check_groups(config: Config) -> None:
     for group in _SINGLE_GROUPS:
         names = config.feature_groups.get(group, ())
         require(len(names) <= 1, f"feature_groups.{group}", names, "must name one feature")
+    used = {name for group in _ID_GROUPS for name in config.feature_groups.get(group, ())}
+    for name in config.features:
+        require(
+            name in used,
+            f"features.{name}",
+            config.features[name],
+            "is in no feature group, so its table would only take memory",
+            f"add it to one of {', '.join(_ID_GROUPS)}, or leave it out",
+        )
 
 
 def _check_tables(config: Config) -> None:
@@ -378,9 +321,17 @@ def _check_rows(config: Config) -> None:
         "must hold at least one user with the longest history",
         f"use {longest} or more, or 0 to have it chosen",
     )
+
+
+def _check_aligned(config: Config) -> None:
+    model = config.model
+    if model.initialization == "reference":
+        return
+    mlp = model.item_tower.mlp
     require(
-        data.negative_sampler.item_id_field in config.feature_groups.get("candidate", ()),
-        "data.negative_sampler.item_id_field",
-        data.negative_sampler.item_id_field,
-        f"must be one of feature_groups.candidate={config.feature_groups.get('candidate', ())}",
+        model.output_dim == 0 and (mlp is None or mlp.activation == ""),
+        "model.initialization",
+        model.initialization,
+        "needs linear towers: model.output_dim=0 and model.item_tower.mlp.activation=''",
+        "change them, or use 'reference'",
     )

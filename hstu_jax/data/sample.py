@@ -6,7 +6,9 @@ same options always give the same store.
 """
 
 import dataclasses
+import json
 import pathlib
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -16,6 +18,8 @@ from hstu_jax.data.records import Events, ItemTable
 from hstu_jax.data.sample_world import START_S, SampleOptions, World, build_world
 
 ORACLE_FILE = "oracle.npz"
+DEFAULT_DIR = "data/kuairand_sample"
+SOURCE = "generated sample"  # `stats["source"]` of an event store made here
 
 # Share of sessions, hour of the peak, spread in hours.
 _DAY_RHYTHM = ((0.2, 8.0, 1.2), (0.25, 12.5, 1.0), (0.55, 20.5, 1.8))
@@ -74,7 +78,7 @@ def prepare(
     )
     users, vocabularies = _user_categories(options, simulation, rng)
     stats = {
-        "source": "generated sample",
+        "source": SOURCE,
         "options": dataclasses.asdict(options),
         **windowed.stats,
         "dropped_events": {},
@@ -98,6 +102,11 @@ def prepare(
         extra_files={ORACLE_FILE: write_oracle},
         overwrite=overwrite,
     )
+
+
+def recorded_options(options: SampleOptions | None = None) -> dict[str, Any]:
+    """`stats["options"]` of a sample with these options (None for the defaults), as read back."""
+    return json.loads(json.dumps(dataclasses.asdict(options or SampleOptions())))
 
 
 def simulate(options: SampleOptions, world: World) -> Simulation:

@@ -12,7 +12,7 @@ from jaxtyping import Float32, Float64, Int64, Shaped
 
 from hstu_jax.data import sample_users, windowing
 from hstu_jax.data.event_store import EventStore
-from hstu_jax.data.sample import ORACLE_FILE
+from hstu_jax.data.sample import ORACLE_FILE, SOURCE
 from hstu_jax.data.sample_world import START_S, SampleOptions, World, build_world
 
 
@@ -47,7 +47,7 @@ def oracle_scores(
     Raises:
       ValueError: not a generated sample, not day windows in the test split, or not a test window.
     """
-    if store.stats.get("source") != "generated sample":
+    if store.stats.get("source") != SOURCE:
         raise ValueError(
             f"{store.path}: source={store.stats.get('source')!r}: only the generated sample has "
             "true probabilities; leave the oracle out."

@@ -7,7 +7,7 @@ configuration's own checks see to the lengths). Not here: which windows go into 
 
 import math
 
-from hstu_jax.config import schema
+from hstu_jax.config import data_schema
 from hstu_jax.features.batch import BatchShape
 
 _QUERIES_PER_USER = 12
@@ -15,7 +15,7 @@ _MIN_QUERIES = 100  # positives of one window, at most, as preparation cuts them
 
 
 def batch_shapes(
-    data: schema.DataConfig,
+    data: data_schema.DataConfig,
     *,
     num_contextual: int,
     max_seq_len: int,

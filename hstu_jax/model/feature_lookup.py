@@ -36,11 +36,6 @@ class LookupPlan:
     candidate: tuple[tuple[str, str], ...]
     widths: tuple[tuple[str, int], ...]
 
-    @property
-    def contextual_width(self) -> int:
-        """Width of one contextual feature; 0 without any."""
-        return dict(self.widths)[self.contextual[0][1]] if self.contextual else 0
-
 
 @dataclasses.dataclass(frozen=True)
 class TableIds:
@@ -91,14 +86,6 @@ def batch_ids(plan: LookupPlan, batch: batch_lib.Batch) -> dict[str, TableIds]:
     return _by_table(parts)
 
 
-def user_ids(plan: LookupPlan, batch: batch_lib.Batch) -> dict[str, TableIds]:
-    """The ids that the user tower alone needs."""
-    history = history_mask(batch, contextual_len=len(plan.contextual))
-    parts = [(table, batch.history[name], history) for name, table in plan.history]
-    parts += [(table, batch.contextual[name], batch.user_mask) for name, table in plan.contextual]
-    return _by_table(parts)
-
-
 def item_ids(
     plan: LookupPlan, items: Mapping[str, Int[Array, "N"]], valid: Bool[Array, "N"]
 ) -> dict[str, TableIds]:
@@ -116,15 +103,6 @@ def to_lookups(
     positive = take.group(plan.candidate, batch.query_mask.shape)
     negative = take.group(plan.candidate, batch.negative_log_q.shape)
     return Lookups(history=history, contextual=contextual, positive=positive, negative=negative)
-
-
-def to_user_inputs(
-    plan: LookupPlan, batch: batch_lib.Batch, vectors: Mapping[str, Float[Array, "n _"]]
-) -> tuple[Float[Array, "G R L F"], Float[Array, "G U C Cf"]]:
-    """The user tower's inputs (history, contextual) from the vectors of `user_ids`."""
-    take = _Taker(vectors)
-    history = take.group(plan.history, batch.time_gap_s.shape)
-    return history, take.tokens(plan.contextual, batch.user_mask.shape)
 
 
 def to_item_inputs(

@@ -100,7 +100,7 @@ class Checkpointer:
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )
         values = restored["record"]
-        return Record(**{**values, "log_sums": tuple(values["log_sums"])})
+        return Record(**{**values, "log_sums": tuple(values.get("log_sums", ()))})
 
     def restore(self, step: int, like: state_lib.TrainState) -> state_lib.TrainState:
         """The state of a checkpoint.
@@ -154,6 +154,14 @@ def check_resumable(saved: Record, current: Record, *, where: str) -> None:
         raise ValueError(
             f"{where}: was trained on other data (fingerprint {saved.data_fingerprint[:12]}, now "
             f"{current.data_fingerprint[:12]}); use another workdir, or the same data."
+        )
+    schedules = [line for line in current.config.splitlines() if ".schedule = " in line]
+    is_constant = all(line.endswith("'constant'") for line in schedules)
+    if saved.num_steps != current.num_steps and not is_constant:
+        raise ValueError(
+            f"{where}: was written by a run of {saved.num_steps} steps, this one has "
+            f"{current.num_steps}, and a learning-rate schedule depends on it; use another workdir "
+            "to start a new run, or constant schedules."
         )
     old, new = (_fixed_lines(record.config) for record in (saved, current))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))

@@ -6,11 +6,12 @@ here with the same budget (`model.user_tower.encoder = "mean"`) in the workdir's
 """
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from hstu_jax.config import schema
 from hstu_jax.data import event_store, sample_oracle
 from hstu_jax.metrics import catalogue
 from hstu_jax.training import counting, evaluation, loop
@@ -28,12 +29,14 @@ class ClosingTable:
 
     Attributes:
         split: what was ranked.
+        step: of the model.
         rows: name of the ranking -> its figures; the model first.
         notes: what else a reader needs to believe the figures.
         num_bootstrap: resamples of the intervals.
     """
 
     split: str
+    step: int
     rows: Mapping[str, evaluation.Evaluation]
     notes: tuple[str, ...]
     num_bootstrap: int
@@ -45,7 +48,7 @@ class ClosingTable:
         width = max(len(name) for name in metrics)
         columns = {name: max(len(name), 7) for name in means}
         lines = [
-            f"{self.split}, whole catalogue",
+            f"{self.split} split, whole catalogue, step {self.step}",
             " " * width + "".join(f"  {name:>{size}}" for name, size in columns.items()),
         ]
         for metric in metrics:
@@ -61,14 +64,31 @@ class ClosingTable:
         return "\n".join([*lines, *self.notes])
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Every mean by ranking, for a JSON file or the metric log."""
+        """Every mean by ranking."""
         return {name: row.scalars() for name, row in self.rows.items()}
+
+    def write(self, path: pathlib.Path) -> None:
+        """Writes the figures as JSON."""
+        content = {"split": self.split, "step": self.step, "figures": self.figures()}
+        path.write_text(json.dumps({**content, "notes": self.notes}, indent=2) + "\n")
 
 
 def evaluate_beside_baselines(
-    run: run_lib.Run, state: state_lib.TrainState, *, echo: Print = print
+    run: run_lib.Run,
+    state: state_lib.TrainState,
+    *,
+    train_mean: bool,
+    echo: Print = print,
 ) -> ClosingTable:
-    """Evaluates a state on `eval.split`, with the baselines if `eval.baselines` asks for them."""
+    """Evaluates a state on `eval.split`, with the baselines if `eval.baselines` asks for them.
+
+    Args:
+        run: the run.
+        state: its state.
+        train_mean: train the mean-pooling baseline to the state's step where the workdir does not
+            hold it yet; otherwise it is shown only if a checkpoint of that very step is there.
+        echo: where progress goes.
+    """
     config = run.config.eval
     eval_set = evaluation.make_eval_set(
         run.store, split=config.split, exclude_seen=config.exclude_seen
@@ -77,34 +97,53 @@ def evaluate_beside_baselines(
     notes = list(_eval_notes(eval_set, rows))
     if config.baselines:
         if run.config.model.user_tower.encoder != "mean":
-            rows["mean"] = mean_pooling(run.config, run.store, eval_set, echo=echo)
+            mean = _mean_pooling(run, int(state.step), may_train=train_mean, echo=echo)
+            if isinstance(mean, loop.FitResult):
+                rows["mean"] = evaluation.evaluate(mean.run, mean.state, eval_set)
+                notes.append(
+                    f"mean: pooling in place of the STU layers, {int(mean.state.step):,} steps of "
+                    "the same batches and learning rates"
+                )
+            else:
+                notes.append(mean)
         counted, note = counting.counting_baselines(run.store, eval_set, config)
         rows |= counted
         notes.append(note)
     if config.oracle:
         rows["oracle"] = evaluation.rank(eval_set, _oracle(run.store, eval_set), config)
     return ClosingTable(
-        split=config.split, rows=rows, notes=tuple(notes), num_bootstrap=config.num_bootstrap
+        split=config.split,
+        step=int(state.step),
+        rows=rows,
+        notes=tuple(notes),
+        num_bootstrap=config.num_bootstrap,
     )
 
 
-def mean_pooling(
-    config: schema.Config,
-    store: event_store.EventStore,
-    eval_set: evaluation.EvalSet,
-    *,
-    echo: Print,
-) -> evaluation.Evaluation:
-    """Trains (or resumes) the model with a mean in place of the STU layers; ranks by it."""
-    tower = dataclasses.replace(config.model.user_tower, encoder="mean")
+def _mean_pooling(
+    run: run_lib.Run, step: int, *, may_train: bool, echo: Print
+) -> loop.FitResult | str:
+    """The mean-pooling baseline at a step, or why it is not shown."""
+    tower = dataclasses.replace(run.config.model.user_tower, encoder="mean")
     baseline = dataclasses.replace(
-        config,
-        workdir=f"{config.workdir}/baseline_mean",
-        model=dataclasses.replace(config.model, user_tower=tower),
+        run.config,
+        workdir=f"{run.config.workdir}/baseline_mean",
+        model=dataclasses.replace(run.config.model, user_tower=tower),
     )
+    devices = list(run.mesh.devices.flat)
+    if not may_train:
+        try:
+            return loop.restore(baseline, run.store, step=step, devices=devices)
+        except FileNotFoundError:
+            return f"mean: not shown, {baseline.workdir} has no checkpoint of step {step}"
     echo("baseline  mean pooling: the same towers, data, steps and learning rates")
-    result = loop.fit(baseline, store, echo=lambda line: echo(f"  mean    {line}"))
-    return evaluation.evaluate(result.run, result.state, eval_set)
+    return loop.fit(
+        baseline, run.store, devices=devices, echo=lambda line: echo(_indent(line, "  mean    "))
+    )
+
+
+def _indent(text: str, prefix: str) -> str:
+    return "\n".join(prefix + line for line in text.splitlines())
 
 
 def _oracle(store: event_store.EventStore, eval_set: evaluation.EvalSet) -> catalogue.ScoreBlock:
@@ -125,13 +164,13 @@ def _eval_notes(
     (model,) = rows.values()
     ranks, total = model.ranks, len(eval_set.positive_items)
     num_items = int(np.count_nonzero(eval_set.catalogue_mask))
-    cold_share = ranks.num_cold / max(total, 1)
+    is_cold = ~eval_set.catalogue_mask[eval_set.positive_items]
     sampled = ", ".join(f"{name} {value:.4f}" for name, value in model.sampled.items())
     return (
         f"{len(eval_set.windows):,} windows, {eval_set.num_new_user:,} of them of users without a "
         "training window",
         f"{total:,} positives: {ranks.num_ranked:,} ranked among {num_items:,} items; left out: "
-        f"{ranks.num_seen:,} seen before, {ranks.num_cold:,} ({cold_share:.1%}) never seen in "
-        "training",
+        f"{ranks.num_seen:,} in the user's history, {ranks.num_cold:,} others without a training "
+        f"event ({is_cold.mean() if total else 0:.1%} of all positives have none)",
         f"among sampled negatives: {sampled}",
     )

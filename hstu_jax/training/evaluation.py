@@ -148,8 +148,7 @@ def user_vectors(
     sums = np.zeros(2 + len(run.config.metrics.recall_at_k))
     with run.pipeline.eval_batches(eval_set.split, device_put=run.put) as batches:
         for item in batches:
-            found = jax.device_get(run.user_step(state, item.batch))
-            metrics = jax.device_get(run.eval_step(state, item.batch))
+            metrics, found = jax.device_get(run.eval_step(state, item.batch))
             sums += [metrics.loss_sum, metrics.num_queries, *metrics.recall_hits]
             is_used = item.window_index >= 0
             if vectors is None:

@@ -37,6 +37,14 @@ class FitResult:
     train_s: float
     num_compilations: int
 
+    def summary(self) -> str:
+        """Time and compilations in one line."""
+        return (
+            f"trained   to step {int(self.state.step):,} in {self.train_s:.0f} s; "
+            f"{self.num_compilations} compilation(s) of the step for "
+            f"{len(self.run.pipeline.shapes)} batch shape(s)"
+        )
+
 
 def fit(
     config: schema.Config,
@@ -157,28 +165,29 @@ def _train(
             state, metrics = run.train_step(state, host_batch.batch)
             if step == first + 1:
                 jax.block_until_ready(metrics)
-                compile_s = window.restart_clock(step)
-                echo(f"compiled  the training step in {compile_s:.1f} s")
+                elapsed = window.restart_clock(step, data_wait_s=batches.wait_s)
+                echo(f"compiled  the first step took {elapsed:.1f} s, its compilation included")
             # Look at a step's numbers while the next one runs, not before it may start.
             if pending is not None:
                 window.add(*pending)
             pending = (step, metrics)
             is_last = step == run.num_steps
-            if is_last or step % config.log_step_count_steps == 0:
+            is_log = is_last or step % config.log_step_count_steps == 0
+            is_save = step % config.save_checkpoints_steps == 0 and not is_last
+            is_validation = validate is not None and step % validate.every == 0 and not is_last
+            if is_log or is_save or is_validation:  # a state is saved only after a look at its loss
                 window.add(*pending)
                 pending = None
+            if is_log:
                 values = window.close(step, data_wait_s=batches.wait_s)
                 log.write(step, "train", values)
                 remaining = (run.num_steps - step) / values["steps_per_s"]
                 echo(metric_log.progress_line(step, run.num_steps, values, remaining_s=remaining))
-            if step % config.save_checkpoints_steps == 0 and not is_last:
-                if pending is not None:  # never save a state whose loss was not looked at
-                    window.add(*pending)
-                    pending = None
-                checkpointer.save(state, run.record(window.sums))
-            if validate is not None and step % validate.every == 0 and not is_last:
+            if is_validation:  # before saving: a stop between the two must not lose its line
                 validate(step, state)
-                window.restart_clock(step)
+                window.restart_clock(step, data_wait_s=batches.wait_s)
+            if is_save:
+                checkpointer.save(state, run.record(window.sums))
     return state
 
 
@@ -239,29 +248,39 @@ class LogWindow:
         """The open window, to go on from after a stop."""
         return (*self._sums.tolist(), *self._hits.tolist())
 
-    def restart_clock(self, step: int) -> float:
-        """Leaves what came before (a compilation, an evaluation) out of the rates."""
+    def restart_clock(self, step: int, *, data_wait_s: float) -> float:
+        """Leaves what came before (a compilation, an evaluation) out of the rates.
+
+        Args:
+            step: number of completed steps.
+            data_wait_s: seconds spent waiting for batches since the run's start.
+
+        Returns:
+            Seconds since the clock was started before.
+        """
         now = time.perf_counter()
         elapsed, self._started = now - self._started, now
         self._timed[:] = 0
-        self._clock_step = step
+        self._clock_step, self._data_wait_s = step, data_wait_s
         return elapsed
 
     def add(self, step: int, metrics: step_lib.StepMetrics) -> None:
-        """Adds one step's sums; raises FloatingPointError on a loss that is not finite."""
+        """Adds one step's sums; raises FloatingPointError if it is not finite."""
         metrics = jax.device_get(metrics)
-        if not np.isfinite(metrics.loss_sum):
+        if not np.isfinite(metrics.loss_sum) or metrics.num_not_finite > 0:
             raise FloatingPointError(
-                f"step {step}: the loss is {metrics.loss_sum}; the last checkpoint is intact. "
-                "Lower train.*.lr, or look at the batch of this step: batches are a function of "
-                "(seed, step)."
+                f"step {step}: the loss sum is {metrics.loss_sum} and {metrics.num_not_finite:.0f} "
+                "values of its gradients are not finite; the last checkpoint is intact. Lower "
+                "train.*.lr, or look at the batch of this step: batches are a function of (seed, "
+                "step)."
             )
         step_sums = np.array(
             [metrics.loss_sum, metrics.num_queries, metrics.num_users, metrics.num_tokens],
             dtype=np.float64,
         )
         self._sums += step_sums
-        self._timed += step_sums
+        if step > self._clock_step:  # the first step's time is not in the clock, nor is its work
+            self._timed += step_sums
         self._hits += metrics.recall_hits
 
     def close(self, step: int, *, data_wait_s: float) -> dict[str, float]:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hstu_jax.config import schema
+from hstu_jax.tables import spec as table_spec
 from hstu_jax.training import state as state_lib
 
 AXES = ("host", "chip")
@@ -52,7 +53,12 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_groups(num_groups: int, mesh: Mesh) -> None:
-    """Raises ValueError unless the groups of a batch can be split evenly over the mesh."""
+    """Raises ValueError unless groups and table rows can be split evenly over the mesh."""
+    if table_spec.VIRTUAL_SHARDS % mesh.size != 0:
+        raise ValueError(
+            f"mesh={mesh.size} devices: must divide the {table_spec.VIRTUAL_SHARDS} stripes of the "
+            "embedding tables; use a power of two."
+        )
     if num_groups % mesh.size != 0:
         raise ValueError(
             f"data.num_groups={num_groups}: must be a multiple of the {mesh.size} devices of the "
@@ -70,10 +76,10 @@ def place_train_step(function: Callable[..., Any], mesh: Mesh) -> Callable[..., 
 
 
 def place_eval(
-    function: Callable[..., Any], mesh: Mesh, *, out_spec: P = SPLIT
+    function: Callable[..., Any], mesh: Mesh, *, out_specs: Any = SPLIT
 ) -> Callable[..., Any]:
     """Compiles (state, split arrays) -> arrays for the mesh; nothing is donated."""
-    return _place(function, mesh, in_specs=(STATE_SPEC, SPLIT), out_specs=out_spec)
+    return _place(function, mesh, in_specs=(STATE_SPEC, SPLIT), out_specs=out_specs)
 
 
 def _place(function, mesh, *, in_specs, out_specs, **jit_options):

@@ -32,8 +32,7 @@ class Run:
         pipeline: training batches.
         program: static parts of the steps.
         train_step: compiled (state, batch) -> (state, metrics); donates the state.
-        eval_step: compiled (state, batch) -> metrics.
-        user_step: compiled (state, batch) -> user vectors.
+        eval_step: compiled (state, batch) -> (metrics, user vectors).
         item_step: compiled (state, items) -> item vectors.
         num_steps: length of the run.
     """
@@ -45,7 +44,6 @@ class Run:
     program: step.Program
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
-    user_step: Callable[..., Any]
     item_step: Callable[..., Any]
     num_steps: int
 
@@ -105,8 +103,9 @@ def build_run(
         pipeline=pipeline,
         program=program,
         train_step=partition.place_train_step(bind(step.train_step), mesh),
-        eval_step=partition.place_eval(bind(step.eval_step), mesh, out_spec=partition.REPLICATED),
-        user_step=partition.place_eval(bind(step.user_step), mesh),
+        eval_step=partition.place_eval(
+            bind(step.eval_step), mesh, out_specs=(partition.REPLICATED, partition.SPLIT)
+        ),
         item_step=partition.place_eval(bind(step.item_step), mesh),
         num_steps=num_steps,
     )
@@ -139,6 +138,7 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
     tables = ", ".join(f"{spec.name} {spec.num_rows:,} x {spec.dim}" for spec in run.program.specs)
     table_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.tables))
     device = run.mesh.devices.flat[0]
+    epoch = run.pipeline.stats()
     shapes = "; ".join(str(shape) for shape in run.pipeline.shapes)
     return "\n".join(
         [
@@ -150,6 +150,9 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
             f"model     {num_params:,} dense parameters; tables {tables} "
             f"({table_bytes / 2**20:,.0f} MiB with optimizer state)",
             f"batches   {run.num_steps:,} steps of {run.config.data.num_groups} group(s); {shapes}",
+            f"          an epoch: {epoch.windows:,} windows, {epoch.tokens / epoch.slots:.0%} of "
+            f"the slots used; {epoch.truncated_windows:,} windows lost their oldest items "
+            f"({epoch.dropped_tokens:,}), {epoch.empty_histories:,} have no history",
         ]
     )
 

@@ -62,7 +62,7 @@ class StepMetrics:
         num_users: number of users.
         num_tokens: token slots in use, contextual ones included.
         recall_hits: [len(recall_at_k)] queries whose positive is among the k best.
-        unique_rows: table name -> distinct rows that were looked up, summed over devices.
+        num_not_finite: values of the gradients that are not finite; 0 in evaluation.
     """
 
     loss_sum: Any
@@ -70,7 +70,7 @@ class StepMetrics:
     num_users: Any
     num_tokens: Any
     recall_hits: Any
-    unique_rows: Any
+    num_not_finite: Any
 
 
 def make_program(config: schema.Config, *, num_steps: int) -> Program:
@@ -132,6 +132,10 @@ def train_step(
         global_loss, argnums=(0, 1), has_aux=True
     )(train_state.params, picked)
 
+    num_not_finite = sum(
+        jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32)
+        for leaf in jax.tree.leaves((param_grads, row_grads))
+    )
     param_grads = jax.lax.psum(param_grads, axes)
     updates, opt_state = program.optimizer.update(
         param_grads, train_state.opt_state, train_state.params
@@ -155,31 +159,24 @@ def train_step(
         opt_state=opt_state,
         tables={**train_state.tables, **tables},
     )
-    return new_state, jax.lax.psum(_metrics(program, scores, batch, unique), axes)
+    metrics = _metrics(program, scores, batch, num_not_finite=num_not_finite)
+    return new_state, jax.lax.psum(metrics, axes)
 
 
 def eval_step(
     train_state: state.TrainState, batch: batch_lib.Batch, *, program: Program
-) -> StepMetrics:
-    """Loss and sampled recall of a batch without dropout, summed over the whole mesh."""
+) -> tuple[StepMetrics, Float[Array, "G U E"]]:
+    """A batch without dropout: sums over the whole mesh, and this shard's user vectors.
+
+    User vectors are zeros in unused slots.
+    """
     unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
     inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
     towers = program.model.apply({"params": train_state.params}, inputs, batch)
     scores = score(program, towers, batch)
-    return jax.lax.psum(_metrics(program, scores, batch, unique), partition.AXES)
-
-
-def user_step(
-    train_state: state.TrainState, batch: batch_lib.Batch, *, program: Program
-) -> Float[Array, "G U E"]:
-    """User vectors of a batch; zeros in unused slots."""
-    unique, picked = fetch(program, train_state, feature_lookup.user_ids(program.plan, batch))
-    vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
-    history, contextual = feature_lookup.to_user_inputs(program.plan, batch, vectors)
-    return program.model.apply(
-        {"params": train_state.params}, history, contextual, batch, method="user"
-    )
+    metrics = _metrics(program, scores, batch, num_not_finite=jnp.float32(0))
+    return jax.lax.psum(metrics, partition.AXES), towers.user
 
 
 def item_step(
@@ -238,7 +235,7 @@ def fetch(
     return unique, picked
 
 
-def _metrics(program, scores, batch, unique) -> StepMetrics:
+def _metrics(program, scores, batch, *, num_not_finite) -> StepMetrics:
     hits, num_queries = ranking.sampled_hits(
         positive_scores=scores.positive_scores,
         negative_scores=scores.negative_scores,
@@ -252,5 +249,5 @@ def _metrics(program, scores, batch, unique) -> StepMetrics:
         num_users=jnp.sum(batch.user_mask, dtype=jnp.float32),
         num_tokens=jnp.sum(batch.segment_lengths).astype(jnp.float32),
         recall_hits=hits,
-        unique_rows={table: rows.num_rows for table, rows in unique.items()},
+        num_not_finite=num_not_finite,
     )

@@ -22,6 +22,11 @@ _LAST = {"xla": last_query.hstu_attention_last, "reference": reference.hstu_atte
 _AUTO_ORDER = ("xla",)
 
 
+def auto_implementation() -> str:
+    """Name of the implementation that "auto" tries first."""
+    return _AUTO_ORDER[0]
+
+
 def hstu_attention(
     q: Float[Array, "R L H K"],
     k: Float[Array, "R L H K"],

@@ -68,11 +68,11 @@ def test_unknown_field_of_a_feature_names_the_nearest():
         ("train.num_epochs", 0, r"train\.num_steps=0: needs num_steps or num_epochs"),
         ("eval.top_k", (), r"eval\.top_k=\(\): must be one or more"),
         ("train.dense_optimizer.beta2", 1.5, r"beta2=1\.5: must be in \[0, 1\)"),
-        (
-            "data.negative_sampler.item_id_field",
-            "video_id",
-            r"item_id_field='video_id': must be one of feature_groups\.candidate",
-        ),
+        ("metrics.recall_at_k", (0,), r"recall_at_k=\(0,\): must be one or more positive"),
+        ("eval.every_num_steps", -5, r"every_num_steps=-5: must not be negative"),
+        ("eval.num_bootstrap", 0, r"num_bootstrap=0: must be positive"),
+        ("mesh.chip", 0, r"mesh\.chip=0: must be positive, or -1"),
+        ("model.output_dim", 8, r"initialization='aligned': needs linear towers"),
     ],
 )
 def test_a_value_that_breaks_a_rule(path, value, message):
@@ -156,3 +156,23 @@ def test_a_configuration_loads_without_jax():
         "resolve.resolve(kuairand.get_config()); assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_that_would_not_be_read_are_refused():
+    raw = kuairand.get_config()
+    raw.data.layout, raw.data.tokens_per_group = "padded", 4096
+    with pytest.raises(ValueError, match="tokens_per_group=4096: is read by layout='packed' only"):
+        resolve.resolve(raw)
+    raw = kuairand.get_config()
+    raw.data.negative_sampler.input_path, raw.data.negative_sampler.weight_exponent = "t.tsv", 0.5
+    with pytest.raises(ValueError, match="weight_exponent=0.5: is not read: the weights come from"):
+        resolve.resolve(raw)
+    raw = kuairand.get_config()
+    with raw.unlocked():
+        raw.features.extra = dict(num_buckets=4)
+    with pytest.raises(ValueError, match=r"features\.extra=.*is in no feature group"):
+        resolve.resolve(raw)
+    raw = kuairand.get_config()
+    raw.eval.oracle, raw.eval.split = True, "validation"
+    with pytest.raises(ValueError, match="oracle=True: exists for the test split"):
+        resolve.resolve(raw)

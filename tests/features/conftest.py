@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from hstu_jax.config import data_schema as config_schema
 from hstu_jax.config import model_schema, schema
 from hstu_jax.data import event_store
 from hstu_jax.data import schema as data_schema
@@ -110,9 +111,11 @@ def make_config():
             seed=seed,
             features=features,
             feature_groups=groups,
-            data=schema.DataConfig(
+            data=config_schema.DataConfig(
                 **{"batch_size": 8, "block_len": 16} | data,
-                negative_sampler=schema.NegativeSamplerConfig(**{"num_sample": 12} | sampler),
+                negative_sampler=config_schema.NegativeSamplerConfig(
+                    **{"num_sample": 12} | sampler
+                ),
             ),
             model=model_schema.ModelConfig(
                 user_tower=model_schema.UserTowerConfig(max_seq_len=max_seq_len)

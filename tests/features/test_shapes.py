@@ -2,13 +2,13 @@
 
 import pytest
 
-from hstu_jax.config import schema
+from hstu_jax.config import data_schema as config_schema
 from hstu_jax.features import shapes
 
 
 def _shapes(*, num_contextual=6, max_seq_len=128, mean=60.5, max_positives=9, **data):
     return shapes.batch_shapes(
-        schema.DataConfig(**data),
+        config_schema.DataConfig(**data),
         num_contextual=num_contextual,
         max_seq_len=max_seq_len,
         mean_history_len=mean,
