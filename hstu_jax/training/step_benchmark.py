@@ -194,7 +194,8 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
 
 def _attention_grad(config, batch):
     """Gradient of every layer's attention on random q, k, v of the batch's layout."""
-    stu = config.model.user_tower.hstu.stu
+    user_tower = config.model.user_tower
+    stu = user_tower.hstu.stu
     rule = MaskRule(contextual_len=config.num_contextual, max_attn_len=stu.max_attn_len)
     _, rows, row_len = batch.time_gap_s.shape
     layout = attention_layout.merge_groups(
@@ -207,27 +208,43 @@ def _attention_grad(config, batch):
         block_len=batch.block_len,
     )
     grid = (layout.num_rows, row_len, stu.num_heads)
-    options = dict(layout=layout, rule=rule, alpha=stu.attention_dim**-0.5, divisor=128.0)
+    divisor = stu.scaling_seqlen if stu.scaling_seqlen > 0 else user_tower.max_seq_len
+    options = dict(
+        layout=layout,
+        rule=rule,
+        alpha=stu.attn_alpha or stu.attention_dim**-0.5,
+        divisor=float(divisor),
+        implementation=config.model.kernel,
+    )
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (*grid, stu.attention_dim))
     k = jax.random.normal(keys[1], (*grid, stu.attention_dim))
     v = jax.random.normal(keys[2], (*grid, stu.hidden_dim))
     sequence, _ = encoder.build_sequence(layout, batch.user_index.reshape(-1))
 
+    ends_at_one_token = user_tower.hstu.last_layer == "last_position"
+    num_full = user_tower.hstu.attn_num_layers - ends_at_one_token
+
     def total(q, k, v):
-        full = attention.hstu_attention(q, k, v, **options)
-        last_q = q.reshape(-1, *q.shape[2:]).at[sequence.last_slot].get(mode="fill", fill_value=0)
-        last = attention.hstu_attention_last(last_q, k, v, **options)
-        num_full = config.model.user_tower.hstu.attn_num_layers
-        if config.model.user_tower.hstu.last_layer == "last_position":
-            return (num_full - 1) * jnp.sum(full * full) + jnp.sum(last * last)
-        return num_full * jnp.sum(full * full)
+        out = jnp.float32(0)
+        for layer in range(num_full):  # unequal inputs, or XLA would compute one layer for all
+            full = attention.hstu_attention(q + layer, k, v, **options)
+            out += jnp.sum(full * full)
+        if ends_at_one_token:
+            flat = q.reshape(-1, *q.shape[2:])
+            last_q = flat.at[sequence.last_slot].get(mode="fill", fill_value=0)
+            last = attention.hstu_attention_last(last_q, k, v, **options)
+            out += jnp.sum(last * last)
+        return out
 
     return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
 
 
 def _projections(run, batch):
-    """Gradient of the layers' two matrix products on random tokens."""
+    """Gradient of the layers' two matrix products on random tokens.
+
+    The last layer's outputs are counted at all positions, also where the model computes one.
+    """
     stu, hstu = run.config.model.user_tower.hstu.stu, run.config.model.user_tower.hstu
     _, rows, row_len = batch.time_gap_s.shape
     num_tokens = run.config.data.num_groups * rows * row_len

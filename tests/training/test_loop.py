@@ -73,7 +73,7 @@ def test_a_finished_run_trains_no_further(straight, small_store):
 def test_another_configuration_is_refused(straight, small_store):
     config, _, _ = straight
     model = dataclasses.replace(config.model, temperature=0.2)
-    expected = r"another configuration \(model\.temperature: 0\.1 -> 0\.2\); use another workdir"
+    expected = r"another configuration \(model\.temperature: 0\.15 -> 0\.2\); use another workdir"
     with pytest.raises(ValueError, match=expected):
         fit(dataclasses.replace(config, model=model), small_store)
 
