@@ -1,0 +1,98 @@
+"""The command lines: what they print, and that a wrong call ends with a message and status 2."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from hstu_jax import benchmark, evaluate, train
+from hstu_jax.config import schema
+from tests.training.small_config import small_config
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_doctor_prints_versions_devices_and_kernel():
+    result = run("hstu_jax.doctor")
+    assert result.returncode == 0, result.stderr
+    assert "backend: cpu" in result.stdout
+    assert "attention kernel for 'auto': xla" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.num_stepz=3"], "num_stepz"),
+        (["--config.model.temperature=-1"], "model.temperature=-1.0: must be positive."),
+        (
+            ["--config.data.source=event_store", "--config.data.path=no/where"],
+            "make it with `python -m hstu_jax.prepare kuairand --raw_dir",
+        ),
+        (["step"], "before the flags"),
+    ],
+)
+def test_wrong_calls_end_with_a_message(arguments, message):
+    result = run("hstu_jax.train", "--config=configs/kuairand.py", *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_unknown_variant_lists_the_known_ones():
+    result = run("hstu_jax.train", "--config=configs/kuairand.py:2k")
+    assert result.returncode != 0
+    assert "variant='2k': unknown; available: sample" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(small_store, tmp_path_factory) -> schema.Config:
+    config = small_config(small_store, tmp_path_factory.mktemp("commands"))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, source="event_store", num_groups=2),
+        eval=dataclasses.replace(config.eval, baselines=True, every_num_steps=4),
+    )
+    flags.FLAGS.mark_as_parsed()  # the mains read their other flags at the defaults
+    train.main(config)
+    return config
+
+
+def test_train_writes_the_closing_table(trained, capsys):
+    with open(f"{trained.workdir}/closing_test.json") as file:
+        closing = json.load(file)
+    names = ["hstu", "mean", "co-occurrence", "last-day", "popularity"]
+    assert list(closing["figures"]) == names
+    for figures in closing["figures"].values():
+        assert 0 <= figures["recall@10"] <= figures["recall@100"] <= 1
+    with open(f"{trained.workdir}/metrics.jsonl") as file:
+        kinds = [json.loads(line)["kind"] for line in file]
+    assert kinds == ["train", "train", "validation", "train"]
+
+
+def test_evaluate_gives_the_same_table_and_trains_nothing(trained, capsys, tmp_path):
+    evaluate.main(trained)
+    text = capsys.readouterr().out
+    assert "test split, whole catalogue, step 6" in text
+    with open(f"{trained.workdir}/closing_test.json") as file:
+        expected = json.load(file)["figures"]["mean"]["recall@50"]
+    (row,) = [line for line in text.splitlines() if line.startswith("recall@50")]
+    assert float(row.split()[2]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_benchmark_names_the_parts(trained, capsys):
+    benchmark.main(trained)
+    text = capsys.readouterr().out
+    for part in ("lookup", "attention, all layers", "loss", "table update", "whole step"):
+        assert part in text
+    assert "same bits twice" in text and "NO" not in text
