@@ -1,6 +1,6 @@
 """Where metrics go: `metrics.jsonl`, TensorBoard, and the progress line on the screen.
 
-One JSON object per log point, `{"step": ..., "kind": "train" | "eval" | ..., ...}`. A resumed run
+One JSON object per log point, `{"step": ..., "kind": "train" | "validation", ...}`. A resumed run
 first drops what was logged after its checkpoint, so the file reads as if it had never stopped.
 """
 
