@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 CUTOFFS = (1, 5, 10, 50, 100)
+_QUERY_BLOCK = 256
 
 
 def sampled_hits(
@@ -41,18 +42,21 @@ def sampled_hits(
     Source: TorchEasyRec 1.3.16, tzrec/metrics/recall_at_k.py, where ties go as the sort leaves them
     (seen: in the model's favour).
     """
-    num_negatives = negative_scores.shape[-1]
-    deepest = min(max(cutoffs), num_negatives)
-    # The k-th best negative decides: k values a user in place of a [Q, M] comparison.
-    best = jax.lax.top_k(negative_scores, deepest)[0]  # [G, U, deepest]
-    hits = []
-    for cutoff in cutoffs:
-        if cutoff > num_negatives:
-            is_hit = ~jnp.isnan(positive_scores)
-        else:
-            bar = jnp.take_along_axis(best[..., cutoff - 1], positive_user, axis=1)
-            is_hit = positive_scores > bar
-        hits.append(jnp.sum(is_hit & query_mask, dtype=jnp.float32))
+    num_groups, num_users, num_negatives = negative_scores.shape
+    rows = negative_scores.reshape(num_groups * num_users, num_negatives)
+    row = positive_user + num_users * jnp.arange(num_groups, dtype=jnp.int32)[:, None]
+
+    def count_ahead(query):
+        row, score = query
+        return jnp.sum(~(rows[row] < score), dtype=jnp.int32)  # a NaN is not below
+
+    # Counted, not sorted: a top_k of the negatives took 40 % of a training step on a CPU. In
+    # blocks of queries: all rows at once would be the [Q, M] matrix that nobody stores.
+    queries = (row.reshape(-1), positive_scores.reshape(-1))
+    num_ahead = jax.lax.map(count_ahead, queries, batch_size=_QUERY_BLOCK)
+    is_query = query_mask & ~jnp.isnan(positive_scores)
+    num_ahead = jnp.where(is_query.reshape(-1), num_ahead, max(cutoffs))
+    hits = [jnp.sum(num_ahead < cutoff, dtype=jnp.float32) for cutoff in cutoffs]
     return jnp.stack(hits), jnp.sum(query_mask, dtype=jnp.float32)
 
 
