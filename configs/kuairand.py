@@ -3,9 +3,9 @@
     python -m hstu_jax.train --config=configs/kuairand.py           # generated sample, on a CPU
     python -m hstu_jax.train --config=configs/kuairand.py:subset    # prepared real rows
 
-The sample's run takes about 3 minutes on two CPU cores, half of it for the mean-pooling baseline, and
-1.2 GiB; expect recall@10 near .090 on its test day (`docs/results.md`). The small variants for real
-data share its settings, which were chosen on generated data: tune them on yours.
+The sample's run takes 2 to 3 minutes on two CPU cores, half of it for the mean-pooling baseline,
+and 1.2 GiB; expect recall@10 near .090 on its test day (`docs/results.md`). The small variants for
+real data share its settings, which were chosen on generated data: tune them on yours.
 
 Variants after the colon: `sample` (default), `subset`, `1k`, `pure`, `27k` (prepared real data: the
 error for missing data has the command that makes it) and `seed` (the reference's sample

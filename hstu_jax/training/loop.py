@@ -4,6 +4,7 @@ The one file that mixes steps with time and files: pipeline, step, log, checkpoi
 Read it top to bottom; the arithmetic is in `step.py`.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -69,30 +70,28 @@ def fit(
         FloatingPointError: the loss stopped being finite; names the step.
     """
     run = run_lib.build_run(config, store, devices=devices)
-    checkpointer = run.checkpointer()
-    state = run_lib.init_state(run)
-    echo(run_lib.describe(run, state))
-    latest = checkpointer.latest_step()
-    log_sums: tuple[float, ...] = ()
-    if latest is not None:
-        where = f"{run.workdir}/checkpoints/{latest}"
-        saved = checkpointer.read_record(latest)
-        checkpoint.check_resumable(saved, run.record(), where=where)
-        state = checkpointer.restore(latest, state)
-        log_sums = saved.log_sums
-        echo(f"resumed   from {where}")
-    log = metric_log.MetricLog(
-        run.workdir, start_step=latest or 0, use_tensorboard=config.train.use_tensorboard
-    )
-    started = time.perf_counter()
-    try:
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(contextlib.closing(run.checkpointer()))
+        state = run_lib.init_state(run)
+        echo(run_lib.describe(run, state))
+        latest = checkpointer.latest_step()
+        log_sums: tuple[float, ...] = ()
+        if latest is not None:
+            where = f"{run.workdir}/checkpoints/{latest}"
+            saved = checkpointer.read_record(latest)
+            checkpoint.check_resumable(saved, run.record(), where=where)
+            state = checkpointer.restore(latest, state)
+            log_sums = saved.log_sums
+            echo(f"resumed   from {where}")
+        log = metric_log.MetricLog(
+            run.workdir, start_step=latest or 0, use_tensorboard=config.train.use_tensorboard
+        )
+        stack.enter_context(contextlib.closing(log))
+        started = time.perf_counter()
         state = _train(run, state, checkpointer, log, log_sums, echo)
         if checkpointer.latest_step() != int(state.step):
             checkpointer.save(state, run.record())
         checkpointer.wait()
-    finally:
-        checkpointer.close()
-        log.close()
     return FitResult(
         run=run,
         state=state,
