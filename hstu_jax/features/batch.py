@@ -96,6 +96,19 @@ class Batch:
     negative_log_q: Float[AnyArray, "G M"]
     block_len: int
 
+    def sequence_layout(self) -> attention_layout.SequenceLayout:
+        """Where every user's tokens lie among the rows of all groups, one group after the other."""
+        _, rows, row_len = self.time_gap_s.shape
+        return attention_layout.merge_groups(
+            self.segment_starts,
+            self.segment_lengths,
+            self.block_pairs,
+            self.num_block_pairs,
+            num_rows_per_group=rows,
+            row_len=row_len,
+            block_len=self.block_len,
+        )
+
 
 _STATIC_FIELD = "block_len"
 _ARRAY_FIELDS = tuple(f.name for f in dataclasses.fields(Batch) if f.name != _STATIC_FIELD)

@@ -66,15 +66,7 @@ class Encoder(nn.Module):
         """Tokens as the first layer reads them (zeros in padding), their sequence and segments."""
         groups, rows, row_len, _ = history.shape
         num_users = groups * contextual.shape[1]
-        layout = attention_layout.merge_groups(
-            batch.segment_starts,
-            batch.segment_lengths,
-            batch.block_pairs,
-            batch.num_block_pairs,
-            num_rows_per_group=rows,
-            row_len=row_len,
-            block_len=batch.block_len,
-        )
+        layout = batch.sequence_layout()
         sequence, segment = build_sequence(layout, batch.user_index.reshape(-1))
         token_mask = segment >= 0
         tokens = self.preprocess(

@@ -58,19 +58,10 @@ def make_plan(config: schema.Config) -> LookupPlan:
 
 def history_mask(batch: batch_lib.Batch, *, contextual_len: int) -> Bool[Array, "G R L"]:
     """Slots that hold a history item: inside a segment, behind its contextual slots."""
-    groups, rows, row_len = batch.time_gap_s.shape
-    layout = attention_layout.merge_groups(
-        batch.segment_starts,
-        batch.segment_lengths,
-        batch.block_pairs,
-        batch.num_block_pairs,
-        num_rows_per_group=rows,
-        row_len=row_len,
-        block_len=batch.block_len,
-    )
+    layout = batch.sequence_layout()
     is_used = attention_layout.token_segments(layout) >= 0
     is_history = is_used & (attention_layout.token_positions(layout) >= contextual_len)
-    return is_history.reshape(groups, rows, row_len)
+    return is_history.reshape(batch.time_gap_s.shape)
 
 
 def batch_ids(plan: LookupPlan, batch: batch_lib.Batch) -> dict[str, TableIds]:

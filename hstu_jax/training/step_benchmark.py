@@ -21,7 +21,6 @@ from hstu_jax.training import partition, step
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 from pallas_kernels.hstu_attention import api as attention
-from pallas_kernels.hstu_attention import layout as attention_layout
 from pallas_kernels.hstu_attention.mask import MaskRule
 
 
@@ -198,15 +197,7 @@ def _attention_grad(config, batch):
     stu = user_tower.hstu.stu
     rule = MaskRule(contextual_len=config.num_contextual, max_attn_len=stu.max_attn_len)
     _, rows, row_len = batch.time_gap_s.shape
-    layout = attention_layout.merge_groups(
-        batch.segment_starts,
-        batch.segment_lengths,
-        batch.block_pairs,
-        batch.num_block_pairs,
-        num_rows_per_group=rows,
-        row_len=row_len,
-        block_len=batch.block_len,
-    )
+    layout = batch.sequence_layout()
     grid = (layout.num_rows, row_len, stu.num_heads)
     divisor = stu.scaling_seqlen if stu.scaling_seqlen > 0 else user_tower.max_seq_len
     options = dict(
