@@ -9,6 +9,8 @@ from typing import Literal
 
 from hstu_jax.config.checks import require
 
+Ablation = Literal["none", "no_actions", "no_time", "shuffled_order", "shuffled_targets"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NegativeSamplerConfig:
@@ -63,9 +65,7 @@ class DataConfig:
     block_len: int = 128  # tokens in a block of the attention schedule
     num_prefetch: int = 2  # batches made ahead, in a background thread
     # Takes one kind of input away, to measure what it is worth (`hstu_jax/features/ablation.py`).
-    ablation: Literal["none", "no_actions", "no_time", "shuffled_order", "shuffled_targets"] = (
-        "none"
-    )
+    ablation: Ablation = "none"
     negative_sampler: NegativeSamplerConfig = NegativeSamplerConfig()
 
     def __post_init__(self):

@@ -5,17 +5,15 @@ be trained and evaluated on the same kind, so all but the targets are changed in
 """
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 
+from hstu_jax.config import data_schema
 from hstu_jax.features.batch import Batch
-
-Ablation = Literal["none", "no_actions", "no_time", "shuffled_order", "shuffled_targets"]
 
 
 def apply(
-    kind: Ablation,
+    kind: data_schema.Ablation,
     batch: Batch,
     *,
     num_contextual: int,

@@ -28,13 +28,11 @@ class LookupPlan:
         history: (feature, table) of the group `uih`.
         contextual: (feature, table) of the group `contextual`; each feature is one token.
         candidate: (feature, table) of the group `candidate`.
-        widths: (table, width of a row).
     """
 
     history: tuple[tuple[str, str], ...]
     contextual: tuple[tuple[str, str], ...]
     candidate: tuple[tuple[str, str], ...]
-    widths: tuple[tuple[str, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +50,7 @@ def make_plan(config: schema.Config) -> LookupPlan:
     def uses(group: str) -> tuple[tuple[str, str], ...]:
         return tuple((name, tables[name]) for name in config.feature_groups.get(group, ()))
 
-    widths = {tables[name]: feature.embedding_dim for name, feature in config.features.items()}
-    return LookupPlan(uses("uih"), uses("contextual"), uses("candidate"), tuple(widths.items()))
+    return LookupPlan(uses("uih"), uses("contextual"), uses("candidate"))
 
 
 def history_mask(batch: batch_lib.Batch, *, contextual_len: int) -> Bool[Array, "G R L"]:

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hstu_jax.model import encoder, feature_lookup
+from hstu_jax.model import encoder, feature_lookup, match
 from hstu_jax.tables import exchange, lookup
 from hstu_jax.training import partition, step
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 from pallas_kernels.hstu_attention import api as attention
-from pallas_kernels.hstu_attention.mask import MaskRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,16 +194,16 @@ def _attention_grad(config, batch):
     """Gradient of every layer's attention on random q, k, v of the batch's layout."""
     user_tower = config.model.user_tower
     stu = user_tower.hstu.stu
-    rule = MaskRule(contextual_len=config.num_contextual, max_attn_len=stu.max_attn_len)
-    _, rows, row_len = batch.time_gap_s.shape
+    layer = match.build_stu_layer(
+        stu, contextual_len=config.num_contextual, max_seq_len=user_tower.max_seq_len
+    )
     layout = batch.sequence_layout()
-    grid = (layout.num_rows, row_len, stu.num_heads)
-    divisor = stu.scaling_seqlen if stu.scaling_seqlen > 0 else user_tower.max_seq_len
+    grid = (layout.num_rows, layout.row_len, stu.num_heads)
     options = dict(
         layout=layout,
-        rule=rule,
-        alpha=stu.attn_alpha or stu.attention_dim**-0.5,
-        divisor=float(divisor),
+        rule=layer.rule,
+        alpha=layer.alpha,
+        divisor=layer.divisor,
         implementation=config.model.kernel,
     )
     keys = jax.random.split(jax.random.key(0), 3)
