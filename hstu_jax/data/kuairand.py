@@ -103,6 +103,7 @@ def prepare(
         **windowed.stats,
         **log_stats,
         **user_stats,
+        "missing_logs": _missing_logs(log_files),
         "sha256_raw": {
             path.name: store_files.file_sha256(path) for path in (*log_files, *user_files)
         },
@@ -140,6 +141,13 @@ def _find_files(
             )
     logs = files["standard logs"] + files.get("random logs", [])
     return logs, files["user features"]
+
+
+def _missing_logs(log_files: list[pathlib.Path]) -> list[str]:
+    """Standard logs without a file: KuaiRand is complete with both, and usable with either."""
+    return [
+        pattern for pattern in STANDARD_LOGS if not any(path.match(pattern) for path in log_files)
+    ]
 
 
 def _join_logs(

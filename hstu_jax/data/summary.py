@@ -35,6 +35,8 @@ def describe(store: EventStore) -> str:
         lines.append(f"  users without a features row: {stats['users_without_features']:,}")
     for why, count in stats.get("dropped_user_rows", {}).items():
         lines.append(f"  dropped user rows: {count:,} {why}")
+    for pattern in stats.get("missing_logs", ()):
+        lines.append(f"  missing log: no file {pattern}; its days are not in the store")
     for kind in ("sha256_raw", "sha256_written"):
         lines += [f"  {kind} {digest[:16]} {name}" for name, digest in stats[kind].items()]
     lines.append(f"  fingerprint {store.fingerprint()[:16]}")

@@ -20,6 +20,9 @@ from hstu_jax.model import initialization, match
 from hstu_jax.training import checkpoint, partition, step
 from hstu_jax.training import state as state_lib
 
+# Dropout of step t draws from fold_in(key, t); first values draw from a number no step reaches.
+_INIT_FOLD = 2**31
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -113,7 +116,7 @@ def build_run(
 
 def init_state(run: Run) -> state_lib.TrainState:
     """The state before the first step, from the run's seed."""
-    key = jax.random.key(run.config.seed)
+    key = jax.random.fold_in(jax.random.key(run.config.seed), _INIT_FOLD)
     param_key, table_key = jax.random.split(key)
     replicated = partition.replicated_sharding(run.mesh)
     params = match.init_params(run.program.model, param_key)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from hstu_jax.data import kuairand, schema, windowing
+from hstu_jax.data import kuairand, schema, summary, windowing
 
 HEADER = (
     "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,"
@@ -102,6 +102,16 @@ def test_ties_keep_file_order_and_files_are_joined(tmp_path):
 
     assert order() == [3, 1, 2, 8, 500, 700]
     assert order(include_random=True) == [3, 1, 2, 8, 7, 500, 700]
+
+
+def test_a_missing_standard_log_is_told(tmp_path):
+    write_raw(tmp_path / "raw", DAYS + [row(9, 500, MIDNIGHT_MS, "10000000")])
+    store = kuairand.prepare(tmp_path / "raw", tmp_path / "one")
+    note = "missing log: no file log_standard_4_22_to_5_08_*; its days are not in the store"
+    assert note in summary.describe(store)
+    write_raw(tmp_path / "raw", DAYS, log="log_standard_4_22_to_5_08_1k.csv")
+    both = kuairand.prepare(tmp_path / "raw", tmp_path / "both")
+    assert "missing log" not in summary.describe(both)
 
 
 def test_same_input_same_store(tmp_path):
