@@ -144,13 +144,8 @@ NOT_YET_SUPPORTED: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
         ),
     ),
     (
-        "learning rate schedules",
-        "only constant and cosine exist, without the reference's other kinds",
-        lambda c: c.op == "lr_scheduler",
-    ),
-    (
         "recorded trainings",
-        "the training replay comes with the schedules",
+        "the replay needs hard negatives and the recorded model",
         lambda c: c.op == "HSTUMatch train steps",
     ),
 )

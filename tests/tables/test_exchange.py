@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from hstu_jax.tables import exchange, lookup, spec, update
+from hstu_jax.tables import exchange, lookup, optimizers, spec, update
 
 AXES = ("host", "chip")
 TABLE = spec.TableSpec("video", 9000, 6)
+RULE = optimizers.RowwiseAdagrad()
 
 
 def draw():
@@ -33,7 +34,7 @@ def local_step(state, ids, valid, cotangent):
     picked = exchange.fetch(state.weights, unique, axis_names=AXES)
     vectors, pull = jax.vjp(lambda picked: lookup.expand(picked, unique), picked)
     (gradients,) = pull(cotangent.reshape(-1, TABLE.dim))
-    state = exchange.apply(state, unique, gradients, axis_names=AXES, learning_rate=0.3)
+    state = exchange.apply(state, unique, gradients, axis_names=AXES, rule=RULE, learning_rate=0.3)
     return state, vectors.reshape(*shape, TABLE.dim)
 
 
@@ -48,10 +49,10 @@ def run(mesh_shape, *, check_vma=True):
     step = jax.jit(
         jax.shard_map(local_step, mesh=mesh, in_specs=split, out_specs=split, check_vma=check_vma)
     )
-    state = update.init_state(TABLE, jax.random.key(0))
+    state = update.init_state(TABLE, jax.random.key(0), rule=RULE)
     for _ in range(2):
         state, vectors = step(state, *draw())
-    return np.asarray(state.weights), np.asarray(state.accumulator), np.asarray(vectors)
+    return np.asarray(state.weights), np.asarray(state.slots["accumulator"]), np.asarray(vectors)
 
 
 @functools.cache
@@ -74,13 +75,13 @@ def test_one_device_equals_the_plain_path_and_moves_nothing():
         unique = lookup.unique_rows(rows, capacity=rows.size, sentinel=TABLE.padded_rows)
         _, pull = jax.vjp(lambda p: lookup.expand(p, unique), lookup.gather(state.weights, unique))
         (gradients,) = pull(cotangent.reshape(-1, TABLE.dim))
-        return update.rowwise_adagrad(state, unique, gradients, learning_rate=0.3)
+        return update.apply(state, unique, gradients, rule=RULE, learning_rate=0.3)
 
-    state = update.init_state(TABLE, jax.random.key(0))
+    state = update.init_state(TABLE, jax.random.key(0), rule=RULE)
     plain = plain_step(plain_step(state))
     weights, accumulator, _ = one_device()
     np.testing.assert_allclose(weights, plain.weights, rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(accumulator, plain.accumulator, rtol=1e-6)
+    np.testing.assert_allclose(accumulator, plain.slots["accumulator"], rtol=1e-6)
 
     mesh = jax.make_mesh(
         (1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1]
