@@ -76,5 +76,6 @@ def init_state(
     opt_state = jax.jit(optimizer.init, out_shardings=replicated)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
     # A copy: the step may not be given one buffer twice to reuse.
-    ema = jax.tree.map(lambda leaf: leaf.copy(), params) if has_ema else None
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=replicated)
+    ema = copy(params) if has_ema else None
     return TrainState(step=step, params=params, opt_state=opt_state, tables=tables, ema=ema)
