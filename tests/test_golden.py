@@ -45,6 +45,7 @@ RUNNERS = {
     "sim_with_sampler": golden_model_runners.run_scores,
     "fbgemm EXACT_ROWWISE_ADAGRAD": golden_training_runners.run_rowwise_adagrad,
     "lr_scheduler": golden_training_runners.run_lr_schedules,
+    "HSTUMatch train steps": golden_training_runners.run_training,
 }
 
 
