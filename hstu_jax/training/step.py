@@ -135,37 +135,8 @@ def train_step(
     Returns:
         The new state, and sums over the whole mesh.
     """
-    train, axes = program.config.train, partition.AXES
-    num_batches, first = train.gradient_accumulation_steps, train_state.step
-    tables = train_state.tables
-    if num_batches == 1:
-        found = batch_gradients(
-            program, train_state, batch, number=first, num_queries=_num_queries(batch)
-        )
-    else:
-        total = None
-        if train.gradient_accumulation_mode == "mean":
-            total = sum(_num_queries(each) for each in batch)
-
-        def gradients_of(tables, each, number):
-            return batch_gradients(
-                program,
-                dataclasses.replace(train_state, tables=tables),
-                each,
-                number=first * num_batches + number,
-                num_queries=_num_queries(each) if total is None else total,
-            )
-
-        def update_now(tables, rows, number):
-            iteration = first * num_batches + number + 1
-            return update_tables(program, tables, rows, step=first, iteration=iteration)
-
-        found, tables = gradients_lib.accumulate(
-            gradients_of,
-            batch,
-            tables,
-            update_tables=update_now if train.table_updates == "batch" else None,
-        )
+    train, axes, first = program.config.train, partition.AXES, train_state.step
+    found, tables = _step_gradients(program, train_state, batch)
     param_grads = gradients_lib.clip(jax.lax.psum(found.params, axes), train.grad_clipping)
     updates, opt_state = program.optimizer.update(
         param_grads, train_state.opt_state, train_state.params
@@ -179,6 +150,39 @@ def train_step(
         ema=gradients_lib.average(train_state.ema, params, train.dense_optimizer.ema, step=first),
     )
     return new_state, jax.lax.psum(found.metrics, axes)
+
+
+def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGradients, Any]:
+    """Gradients of all batches of a step; the tables, which `table_updates` "batch" changes."""
+    train, first = program.config.train, train_state.step
+    num_batches, tables = train.gradient_accumulation_steps, train_state.tables
+    if num_batches == 1:
+        num_queries = _num_queries(batch)
+        found = batch_gradients(program, train_state, batch, number=first, num_queries=num_queries)
+        return found, tables
+    total = None
+    if train.gradient_accumulation_mode == "mean":
+        total = sum(_num_queries(each) for each in batch)
+
+    def gradients_of(tables, each, number):
+        return batch_gradients(
+            program,
+            dataclasses.replace(train_state, tables=tables),
+            each,
+            number=first * num_batches + number,
+            num_queries=_num_queries(each) if total is None else total,
+        )
+
+    def update_now(tables, rows, number):
+        iteration = first * num_batches + number + 1
+        return update_tables(program, tables, rows, step=first, iteration=iteration)
+
+    return gradients_lib.accumulate(
+        gradients_of,
+        batch,
+        tables,
+        update_tables=update_now if train.table_updates == "batch" else None,
+    )
 
 
 def batch_gradients(

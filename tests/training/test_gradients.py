@@ -17,7 +17,7 @@ from hstu_jax.config import resolve, train_schema
 from hstu_jax.model import feature_lookup
 from hstu_jax.tables import lookup, optimizers, update
 from hstu_jax.tables import spec as table_spec
-from hstu_jax.training import gradients, step
+from hstu_jax.training import checkpoint, gradients, step
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 from tests.training.small_config import small_config, with_two_tables
@@ -184,6 +184,10 @@ def test_a_step_of_two_batches_with_clipping_parts_and_average(sgd, autodiff):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-9)
     assert state_lib.for_evaluation(last, use_ema=True).params is last.ema
     assert state_lib.for_evaluation(last, use_ema=False) is last
+    # Parts and average have names of their own in a checkpoint.
+    again = checkpoint.from_named(checkpoint.to_named(last), last)
+    for got, want in zip(*map(jax.tree.leaves, (again, last)), strict=True):
+        assert got is want
 
 
 def test_the_references_accumulation_adds_losses_and_updates_tables_at_every_batch(sgd, autodiff):
