@@ -117,8 +117,8 @@ def _small(c) -> None:
     c.train.num_epochs = 3
     c.train.dense_optimizer.lr, c.train.dense_optimizer.beta2 = 3e-3, 0.98
     c.train.sparse_optimizer.lr = 1.0
-    c.train.dense_optimizer.learning_rate.schedule = "cosine"
-    c.train.sparse_optimizer.learning_rate.schedule = "cosine"
+    c.train.dense_optimizer.learning_rate.schedule = "cosine_annealing"
+    c.train.sparse_optimizer.learning_rate.schedule = "cosine_annealing"
 
 
 def _seed(c) -> None:

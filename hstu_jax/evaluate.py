@@ -1,9 +1,11 @@
-"""Evaluates the newest checkpoint of a run on the whole catalogue.
+"""Evaluates a checkpoint of a run on the whole catalogue: the newest, the best, or a step's.
 
 python -m hstu_jax.evaluate --config=configs/kuairand.py:subset [--config.eval.split=validation]
+    [--checkpoint=best]
 """
 
 import pathlib
+from typing import Literal
 
 from absl import flags
 
@@ -11,19 +13,34 @@ from hstu_jax import cli
 from hstu_jax.config import schema
 from hstu_jax.training import closing, loop
 
-_STEP = flags.DEFINE_integer("checkpoint_step", None, "Checkpoint to evaluate; default the newest.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "latest", "Checkpoint to evaluate: 'latest', 'best' (of train.keep_best), a step."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
 
 
 def main(config: schema.Config) -> None:
     """Restores, evaluates, prints the table."""
     store = cli.open_data(config)
-    result = loop.restore(config, store, step=_STEP.value)
+    result = loop.restore(config, store, step=checkpoint_step(_CHECKPOINT.value))
     table = closing.evaluate_beside_baselines(result.run, result.state, train_mean=False)
     print(table.text())
     if _OUTPUT.value:
         table.write(pathlib.Path(_OUTPUT.value))
         print(f"figures   {_OUTPUT.value}")
+
+
+def checkpoint_step(text: str) -> int | Literal["best"] | None:
+    """What `loop.restore` calls the checkpoint of the flag.
+
+    Raises:
+        ValueError: neither a word that it knows nor a step.
+    """
+    if text in ("latest", "best"):
+        return None if text == "latest" else "best"
+    if not text.isdecimal():
+        raise ValueError(f"--checkpoint={text!r}: must be 'latest', 'best' or a step's number.")
+    return int(text)
 
 
 if __name__ == "__main__":

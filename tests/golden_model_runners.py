@@ -1,6 +1,7 @@
-"""Replays recorded cases of the whole encoder, the whole model, scoring and the table optimizer.
+"""Replays recorded cases of the whole encoder, the whole model and scoring.
 
-Small operations and the comparisons are in `golden_runners.py`.
+Small operations and the comparisons are in `golden_runners.py`, training in
+`golden_training_runners.py`.
 """
 
 import re
@@ -14,7 +15,6 @@ from hstu_jax.losses import sampled_softmax
 from hstu_jax.metrics import ranking
 from hstu_jax.model import encoder, match, reference_weights
 from hstu_jax.model import lookups as model_lookups
-from hstu_jax.tables import lookup, update
 from tests import golden_cases, golden_runners
 from tests.model import batches
 
@@ -23,7 +23,6 @@ _E = (2e-5, 1e-5), (2e-4, 1e-3)
 _SIMILARITY = (1e-4, 1e-5)
 _LOSS = (1e-6, 1e-5)
 _F_GRADIENT = (1e-3, 1e-3)
-_G = (1e-6, 1e-6)
 
 
 def hstu_config(args: dict) -> model_schema.HstuConfig:
@@ -342,40 +341,3 @@ def run_scores(case: golden_cases.Case) -> None:
     _check_scores(case, scores, positive_user, loss, metric="recall_at_")
     golden_runners.close(grads[0], case["grad_in.user_emb"], _F_GRADIENT, "grad_in.user_emb")
     golden_runners.close(grads[1], case["grad_in.item_emb"], _F_GRADIENT, "grad_in.item_emb")
-
-
-def run_rowwise_adagrad(case: golden_cases.Case) -> None:
-    """Family G: table lookup, duplicate sums and the update, step by step."""
-    args = case.args
-    assert args["pooling"] == "NONE", "pooled features are one id each here"
-    modes = {"NONE": "none", "L2": "l2", "DECOUPLE": "decoupled"}
-    max_gradient = args["max_gradient"] if args.get("gradient_clipping") else None
-    weights = jnp.asarray(case["in.weight0"])
-
-    @jax.jit
-    def advance(state, ids, cotangent, rate):
-        unique = lookup.unique_rows(ids, capacity=len(ids), sentinel=weights.shape[0])
-        out, vjp = jax.vjp(
-            lambda rows: lookup.expand(rows, unique, max_gradient=max_gradient),
-            lookup.gather(state.weights, unique),
-        )
-        new_state = update.rowwise_adagrad(
-            state,
-            unique,
-            vjp(cotangent)[0],
-            learning_rate=rate,
-            weight_decay=args.get("weight_decay", 0.0),
-            weight_decay_mode=modes[args["weight_decay_mode"]],
-        )
-        return out, new_state
-
-    state = update.TableState(weights, jnp.zeros(weights.shape[0]))
-    num_steps = len([name for name in case.arrays if name.endswith(".ids")])
-    rates = args["lr_steps"] or [args["lr"]] * num_steps
-    for step, rate in zip(range(num_steps), rates, strict=True):
-        ids = jnp.asarray(case[f"step{step}.ids"], jnp.int32)
-        cotangent = jnp.asarray(case[f"step{step}.cot"])
-        out, state = advance(state, ids, cotangent, jnp.float32(rate))
-        golden_runners.close(out, case[f"step{step}.out"], _G, f"step{step}.out")
-        golden_runners.close(state.weights, case[f"step{step}.weight"], _G, f"step{step}.weight")
-        golden_runners.close(state.accumulator, case[f"step{step}.sum"], _G, f"step{step}.sum")

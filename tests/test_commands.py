@@ -90,6 +90,20 @@ def test_evaluate_gives_the_same_table_and_trains_nothing(trained, capsys, tmp_p
     assert float(row.split()[2]) == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_checkpoint_flag():
+    assert evaluate.checkpoint_step("latest") is None
+    assert evaluate.checkpoint_step("best") == "best"
+    assert evaluate.checkpoint_step("40") == 40
+    with pytest.raises(ValueError, match=r"--checkpoint='bst': must be 'latest', 'best' or a step"):
+        evaluate.checkpoint_step("bst")
+
+
+def test_benchmark_refuses_steps_of_several_batches(trained):
+    accumulating = dataclasses.replace(trained.train, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=2: the benchmark times st"):
+        benchmark.main(dataclasses.replace(trained, train=accumulating))
+
+
 def test_benchmark_names_the_parts(trained, capsys):
     benchmark.main(trained)
     text = capsys.readouterr().out

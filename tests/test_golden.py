@@ -14,9 +14,15 @@ import jax.numpy as jnp
 import pytest
 
 from hstu_jax.model import encoder, normalization, stu, time_buckets
-from hstu_jax.tables import update
+from hstu_jax.tables import optimizers
+from hstu_jax.training import schedules
 from pallas_kernels.hstu_attention import api as attention
-from tests import golden_cases, golden_model_runners, golden_runners
+from tests import (
+    golden_cases,
+    golden_model_runners,
+    golden_runners,
+    golden_training_runners,
+)
 
 FOLDER, IS_WHOLE = golden_cases.golden_folder()
 CASES = golden_cases.load_cases(FOLDER)
@@ -37,7 +43,9 @@ RUNNERS = {
     "HSTUMatchEncoder": golden_model_runners.run_encoder,
     "HSTUMatch": golden_model_runners.run_match,
     "sim_with_sampler": golden_model_runners.run_scores,
-    "fbgemm EXACT_ROWWISE_ADAGRAD": golden_model_runners.run_rowwise_adagrad,
+    "fbgemm EXACT_ROWWISE_ADAGRAD": golden_training_runners.run_rowwise_adagrad,
+    "lr_scheduler": golden_training_runners.run_lr_schedules,
+    "HSTUMatch train steps": golden_training_runners.run_training,
 }
 
 
@@ -87,6 +95,7 @@ def test_an_unknown_operation_fails():
 _ATTENTION = attention.hstu_attention
 _SPLIT = stu.StuLayer._split
 _BUILD_SEQUENCE = encoder.build_sequence
+_MANUAL = schedules._manual
 
 
 def _linear_attention(q, k, v, *, alpha, **options):
@@ -120,13 +129,14 @@ def _first_token(layout, user_index):
     return dataclasses.replace(sequence, last_slot=jnp.asarray(layout.starts)), segment
 
 
-def _sum_of_squares(state, unique, row_gradients, *, learning_rate, **_):
-    grown = state.accumulator[unique.rows] + jnp.sum(row_gradients**2, axis=1)
-    change = -learning_rate / (jnp.sqrt(grown) + 1e-8)[:, None] * row_gradients
-    return update.TableState(
-        state.weights.at[unique.rows].add(change, mode="drop"),
-        state.accumulator.at[unique.rows].set(grown, mode="drop"),
-    )
+def _sum_of_squares(self, rows):
+    grown = rows.slots["accumulator"] + jnp.sum(rows.gradients**2, axis=1)
+    change = -rows.learning_rate / (jnp.sqrt(grown) + 1e-8)[:, None] * rows.gradients
+    return optimizers.RowChange(change, {"accumulator": grown})
+
+
+def _switch_at_the_size(config, base, step):
+    return _MANUAL(config, base, step + 1)
 
 
 # (what is wrong, where, the wrong function, operations of which a case must notice)
@@ -158,11 +168,12 @@ WRONG_VARIANTS = {
         ["sim_with_sampler"],
     ),
     "G: squares are summed": (
-        update,
-        "rowwise_adagrad",
+        optimizers.RowwiseAdagrad,
+        "step",
         _sum_of_squares,
         ["fbgemm EXACT_ROWWISE_ADAGRAD"],
     ),
+    "I: a step too early": (schedules, "_manual", _switch_at_the_size, ["lr_scheduler"]),
 }
 
 

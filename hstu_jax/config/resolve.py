@@ -81,6 +81,8 @@ def _to_raw(cls: type, value: Any) -> dict[str, Any]:
         item = getattr(value, field.name)
         if dataclasses.is_dataclass(item):
             item = _to_raw(type(item), item)
+        elif isinstance(item, tuple):
+            item = tuple(section(part) if dataclasses.is_dataclass(part) else part for part in item)
         elif isinstance(item, collections.abc.Mapping):
             item = dict(item)
         raw[field.name] = item
@@ -112,6 +114,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         (inner,) = [a for a in args if a is not type(None)]
         return None if value is None else _convert(inner, value, path)
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, ml_collections.ConfigDict):  # to_dict() stops at tuples
+            value = value.to_dict()
         _require_type(isinstance(value, dict), path, value, "a section with fields")
         return _build(hint, value, path)
     if origin is typing.Literal:

@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from hstu_jax.config.checks import require, require_cutoffs, require_ratio
+from hstu_jax.config.checks import require, require_cutoffs
 from hstu_jax.config.data_schema import DataConfig
 from hstu_jax.config.model_schema import ModelConfig
+from hstu_jax.config.train_schema import TrainConfig, TrainMetricsConfig
 
 # Group names keep the reference's meaning; towers and encoders look features up by them.
 GROUP_NAMES = (
@@ -56,76 +57,6 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LearningRateConfig:
-    """Schedule over optimizer steps: linear warm-up, then the base rate or a cosine to `min`."""
-
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_size: int = 0  # steps
-    warmup_learning_rate: float = 0.0
-    min_learning_rate: float = 0.0
-
-    def __post_init__(self):
-        for name in ("warmup_size", "warmup_learning_rate", "min_learning_rate"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseOptimizerConfig:
-    """Row-wise Adagrad of the embedding tables (FACTS 7.1)."""
-
-    lr: float = 0.002
-    gradient_clipping: bool = False
-    max_gradient: float = 1.0
-    learning_rate: LearningRateConfig = LearningRateConfig()
-
-    def __post_init__(self):
-        require(self.lr >= 0, "lr", self.lr, "must not be negative")
-        require(self.max_gradient > 0, "max_gradient", self.max_gradient, "must be positive")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseOptimizerConfig:
-    """Adam of the dense parameters; `weight_decay` is L2, added to the gradient."""
-
-    lr: float = 0.002
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    learning_rate: LearningRateConfig = LearningRateConfig()
-
-    def __post_init__(self):
-        require(self.lr >= 0, "lr", self.lr, "must not be negative")
-        for name in ("beta1", "beta2"):
-            require_ratio(name, getattr(self, name))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long to train, and what to write on the way. 0 = unset."""
-
-    num_steps: int = 0
-    num_epochs: int = 0
-    sparse_optimizer: SparseOptimizerConfig = SparseOptimizerConfig()
-    dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
-    log_step_count_steps: int = 100
-    save_checkpoints_steps: int = 1000
-    keep_checkpoint_max: int = 2
-    use_tensorboard: bool = True
-
-    def __post_init__(self):
-        require(
-            self.num_steps >= 0 and self.num_epochs >= 0 and self.num_steps + self.num_epochs > 0,
-            "num_steps",
-            self.num_steps,
-            f"needs num_steps or num_epochs (={self.num_epochs}) to be positive",
-            "set one; with both set, whichever is reached first ends the run",
-        )
-        for name in ("log_step_count_steps", "save_checkpoints_steps", "keep_checkpoint_max"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Whole-catalogue evaluation."""
 
@@ -133,6 +64,7 @@ class EvalConfig:
     every_num_steps: int = 0  # on the validation split while training; 0 = only at the end
     top_k: tuple[int, ...] = (1, 5, 10, 50, 100)
     exclude_seen: bool = True
+    use_dense_ema: bool = True  # rank by the averaged parameters where the run keeps them
     baselines: bool = True  # popularity, co-occurrence and a mean-pooling model beside the result
     # Also rank by the true probabilities; the generated sample's test split only.
     oracle: bool = False
@@ -188,6 +120,7 @@ class Config:
     train: TrainConfig = TrainConfig(num_epochs=1)
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
+    train_metrics: TrainMetricsConfig = TrainMetricsConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
@@ -196,6 +129,8 @@ class Config:
         _check_widths(self)
         _check_rows(self)
         _check_aligned(self)
+        _check_train_metrics(self)
+        _check_keep_best(self)
 
     @property
     def num_contextual(self) -> int:
@@ -334,4 +269,38 @@ def _check_aligned(config: Config) -> None:
         model.initialization,
         "needs linear towers: model.output_dim=0 and model.item_tower.mlp.activation=''",
         "change them, or use 'reference'",
+    )
+
+
+def _check_train_metrics(config: Config) -> None:
+    cutoffs = config.train_metrics.recall_at_k
+    require(
+        set(cutoffs) <= set(config.metrics.recall_at_k),
+        "train_metrics.recall_at_k",
+        cutoffs,
+        f"must be some of metrics.recall_at_k={config.metrics.recall_at_k}",
+        "add the missing ones there",
+    )
+
+
+def _check_keep_best(config: Config) -> None:
+    metric = config.train.keep_best.metric
+    if not metric:
+        return
+    ranked = ("hit_rate", "recall", "ndcg")
+    known = [f"{name}@{k}" for name in ranked for k in config.eval.top_k]
+    known += ["mrr", "loss", *(f"sampled_recall@{k}" for k in config.metrics.recall_at_k)]
+    require(
+        metric in known,
+        "train.keep_best.metric",
+        metric,
+        "is not a metric of the validation",
+        f"available: {', '.join(known)}",
+    )
+    require(
+        config.eval.every_num_steps > 0,
+        "train.keep_best.metric",
+        metric,
+        "needs validations to choose from",
+        "set eval.every_num_steps",
     )

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hstu_jax.tables import lookup, spec, update
+from hstu_jax.tables import lookup, optimizers, spec, update
+
+_RULE = optimizers.RowwiseAdagrad()
 
 
-def sparse_step(state, ids, cotangent, *, table, learning_rate=0.1):
+def sparse_step(state, ids, cotangent, *, table, rule=_RULE, learning_rate=0.1):
     """One lookup, gradient and update; pure, to be jitted with the state donated."""
     rows = spec.rows_of(table, ids, jnp.ones(ids.shape, bool))
     unique = lookup.unique_rows(rows, capacity=ids.shape[0], sentinel=table.padded_rows)
@@ -30,15 +32,17 @@ def sparse_step(state, ids, cotangent, *, table, learning_rate=0.1):
         return jnp.vdot(jnp.tanh(lookup.expand(picked, unique)), cotangent)
 
     value, gradients = jax.value_and_grad(loss)(picked)
-    return update.rowwise_adagrad(state, unique, gradients, learning_rate=learning_rate), value
+    new = update.apply(state, unique, gradients, rule=rule, learning_rate=learning_rate)
+    return new, value
 
 
-def compile_step(table: spec.TableSpec, num_ids: int):
+def compile_step(table: spec.TableSpec, num_ids: int, *, rule: optimizers.Rule = _RULE):
     """The compiled step of a table, from shapes alone."""
-    state = jax.eval_shape(functools.partial(update.init_state, table), jax.random.key(0))
+    init = functools.partial(update.init_state, table, rule=rule)
+    state = jax.eval_shape(init, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((num_ids,), jnp.int32)
     cotangent = jax.ShapeDtypeStruct((num_ids, table.dim), jnp.float32)
-    step = jax.jit(functools.partial(sparse_step, table=table), donate_argnums=0)
+    step = jax.jit(functools.partial(sparse_step, table=table, rule=rule), donate_argnums=0)
     return step.lower(state, ids, cotangent).compile()
 
 
@@ -49,7 +53,7 @@ class Runner:
         """Compiles the step and fills the table. Every step has distinct ids of the whole table."""
         self.table = spec.TableSpec("benchmark", num_rows, dim)
         self.compiled = compile_step(self.table, num_ids)
-        self.state = update.init_state(self.table, jax.random.key(0))
+        self.state = update.init_state(self.table, jax.random.key(0), rule=_RULE)
         rng = np.random.default_rng(0)
         self.cotangent = jnp.asarray(rng.normal(size=(num_ids, dim)).astype(np.float32))
         # Drawn before: shuffling a large id range between steps would empty the caches.
@@ -71,7 +75,7 @@ class Runner:
     def report(self) -> str:
         """One line: times, and scratch memory as a share of the table."""
         scratch = self.compiled.memory_analysis().temp_size_in_bytes
-        table_bytes = self.state.weights.nbytes + self.state.accumulator.nbytes
+        table_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         return (
             f"{self.table.num_rows:>12,} rows: min {min(self.times_ms):.2f} ms/step, median "
             f"{np.median(self.times_ms):.2f}; scratch {scratch / 2**20:.1f} MiB = "

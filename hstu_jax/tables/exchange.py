@@ -6,13 +6,11 @@ ids. Ids and rows move, never a table; on one device nothing moves at all. Next 
 training step.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from hstu_jax.tables import lookup, update
+from hstu_jax.tables import lookup, optimizers, update
 
 AxisNames = str | tuple[str, ...]
 
@@ -47,9 +45,9 @@ def apply(
     row_gradients: Float[Array, "capacity dim"],
     *,
     axis_names: AxisNames,
+    rule: optimizers.Rule,
     learning_rate: float | Float[Array, ""],
-    weight_decay: float = 0.0,
-    weight_decay_mode: Literal["none", "l2", "decoupled"] = "none",
+    iteration: int | Int[Array, ""] = 1,
 ) -> update.TableState:
     """One optimizer step on this device's rows with every device's gradients.
 
@@ -59,9 +57,9 @@ def apply(
         row_gradients: this device's gradient per slot of `unique`. Gradients of different devices
             are summed: divide the loss by the global count before.
         axis_names: as in `fetch`.
-        learning_rate: see `update.rowwise_adagrad`, as the rest.
-        weight_decay: same.
-        weight_decay_mode: same.
+        rule: see `update.apply`, as the rest.
+        learning_rate: same.
+        iteration: same.
 
     Returns:
         The new block.
@@ -71,23 +69,19 @@ def apply(
         gradients = jax.lax.all_gather(row_gradients, axis_names, tiled=True)
         shard_rows = state.weights.shape[0]
         local, is_mine = _to_local(everyone, shard_rows, axis_names)
-        unique = lookup.unique_rows(
+        unique, row_gradients = lookup.merge_rows(
             jnp.where(is_mine, local, shard_rows),
+            gradients,
             capacity=min(everyone.shape[0], shard_rows),
             sentinel=shard_rows,
         )
-        row_gradients = lookup.sum_sorted_segments(
-            jnp.where((unique.segment < unique.capacity)[:, None], gradients[unique.order], 0),
-            unique.segment,
-            num_segments=unique.capacity,
-        )
-    return update.rowwise_adagrad(
+    return update.apply(
         state,
         unique,
         row_gradients,
+        rule=rule,
         learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        weight_decay_mode=weight_decay_mode,
+        iteration=iteration,
     )
 
 

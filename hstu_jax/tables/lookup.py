@@ -185,6 +185,22 @@ def _sum_by_scatter(values, segment, *, num_segments):
     return sums.at[segment].add(values, mode="drop", indices_are_sorted=True)
 
 
+def merge_rows(
+    rows: Int[Array, "n"], gradients: Float[Array, "n dim"], *, capacity: int, sentinel: int
+) -> tuple[UniqueRows, Float[Array, "capacity dim"]]:
+    """Distinct rows of several lists of rows, and their summed gradients.
+
+    Args:
+        rows: lists one after the other; `sentinel` or more where there is no row.
+        gradients: of `rows`; anything finite where there is no row.
+        capacity: see `unique_rows`.
+        sentinel: same.
+    """
+    unique = unique_rows(rows, capacity=capacity, sentinel=sentinel)
+    ordered = jnp.where((unique.segment < capacity)[:, None], gradients[unique.order], 0)
+    return unique, sum_sorted_segments(ordered, unique.segment, num_segments=capacity)
+
+
 def sum_by_scan(
     values: Float[Array, "n dim"], segment: Int[Array, "n"], *, num_segments: int
 ) -> Float[Array, "segments dim"]:

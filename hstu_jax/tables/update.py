@@ -1,21 +1,20 @@
-"""Row-wise Adagrad on the rows of a batch, in the table's own buffers.
+"""One optimizer step on the rows of a batch, in the table's own buffers.
 
 Only the rows that `UniqueRows` names are read or written: the cost follows the batch, provided that
 the caller donates the state (without donation each step copies the whole table) and that the
 gradients depend on the rows looked up, as those of every real loss do (else XLA may put the reading
-after the writing, on a copy). With rows split over devices the caller is `exchange.apply`.
+after the writing, on a copy). The arithmetic is in `optimizers.py`; with rows split over devices
+the caller is `exchange.apply`.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from hstu_jax.tables import lookup, spec
-
-_EPS = 1e-8  # fixed in the reference; added outside the root
+from hstu_jax.tables import lookup, optimizers, spec
 
 
 @jax.tree_util.register_dataclass
@@ -27,75 +26,82 @@ class TableState:
 
     Attributes:
         weights: float32 [rows, dim], rows = `TableSpec.padded_rows`.
-        accumulator: float32 [rows], sum over steps of the row's mean squared gradient.
+        slots: slot name -> float32 [rows] or [rows, dim], as the optimizer's rule names them.
     """
 
     weights: Any
-    accumulator: Any
+    slots: Any
 
 
 def init_state(
     table: spec.TableSpec,
     key: Array,
     *,
-    weights_sharding: jax.sharding.Sharding | None = None,
-    accumulator_sharding: jax.sharding.Sharding | None = None,
+    rule: optimizers.Rule,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> TableState:
-    """A fresh table with a zero accumulator, made on the devices that keep it.
+    """A fresh table and its slots, made on the devices that keep them.
 
     Args:
         table: the table.
         key: random key of the weights.
-        weights_sharding: where weights live; None is the default device.
-        accumulator_sharding: the same for the accumulator.
+        rule: the optimizer.
+        sharding: where the rows live; None is the default device.
 
     Returns:
-        The state; see `spec.init_weights` for the values.
+        The state; see `spec.init_weights` for the weights.
     """
-    zeros = jax.jit(lambda: jnp.zeros((table.padded_rows,)), out_shardings=accumulator_sharding)
-    return TableState(spec.init_weights(table, key, sharding=weights_sharding), zeros())
+
+    def fill(slot):
+        shape = (table.padded_rows, table.dim) if slot.per_value else (table.padded_rows,)
+        return jax.jit(lambda: jnp.full(shape, slot.initial, jnp.float32), out_shardings=sharding)()
+
+    weights = spec.init_weights(table, key, sharding=sharding)
+    return TableState(weights, {name: fill(slot) for name, slot in rule.slots.items()})
 
 
-def rowwise_adagrad(
+def apply(
     state: TableState,
     unique: lookup.UniqueRows,
     row_gradients: Float[Array, "capacity dim"],
     *,
+    rule: optimizers.Rule,
     learning_rate: float | Float[Array, ""],
-    weight_decay: float = 0.0,
-    weight_decay_mode: Literal["none", "l2", "decoupled"] = "none",
+    iteration: int | Int[Array, ""] = 1,
 ) -> TableState:
-    """The state after one step of row-wise Adagrad on the rows of `unique`.
-
-    With g the row's gradient: s += mean(g^2); w -= learning_rate / (sqrt(s) + 1e-8) * g.
-    "l2" first adds weight_decay * w to g; "decoupled" scales w by 1 - learning_rate * weight_decay.
+    """The state after one step of a rule on the rows of `unique`.
 
     Args:
         state: the table; donate it to the enclosing jit.
         unique: the rows; its empty slots change nothing.
         row_gradients: gradient per slot of `unique`, duplicates already summed.
+        rule: the optimizer.
         learning_rate: at least 0.
-        weight_decay: at least 0; ignored by mode "none".
-        weight_decay_mode: see above. Rows outside `unique` never decay.
+        iteration: number of this update of the run, from 1; read by the Adams.
 
     Returns:
         The new state; rows outside `unique` are the same bits.
-
-    Source: fbgemm 1.8.0 EXACT_ROWWISE_ADAGRAD, as TorchEasyRec 1.3.16 uses it.
     """
     where = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
-    if weight_decay_mode != "none":
-        old = lookup.gather(state.weights, unique)
-    if weight_decay_mode == "l2":
-        row_gradients = row_gradients + weight_decay * old
-    grown = state.accumulator.at[unique.rows].get(
-        mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
-    ) + jnp.mean(jnp.square(row_gradients), axis=1)
-    step_size = learning_rate / (jnp.sqrt(grown) + _EPS)
-    change = -step_size[:, None] * row_gradients
-    if weight_decay_mode == "decoupled":
-        change = change - learning_rate * weight_decay * old
+
+    def read(values):
+        return values.at[unique.rows].get(
+            mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
+        )
+
+    new = rule.step(
+        optimizers.RowStep(
+            gradients=row_gradients,
+            weights=lookup.gather(state.weights, unique),
+            slots={name: read(values) for name, values in state.slots.items()},
+            learning_rate=learning_rate,
+            iteration=iteration,
+        )
+    )
     return TableState(
-        weights=state.weights.at[unique.rows].add(change, **where),
-        accumulator=state.accumulator.at[unique.rows].set(grown, **where),
+        weights=state.weights.at[unique.rows].add(new.change, **where),
+        slots={
+            name: values.at[unique.rows].set(new.slots[name], **where)
+            for name, values in state.slots.items()
+        },
     )

@@ -42,20 +42,26 @@ class Record:
         config: the resolved configuration as text (`resolve.to_text`).
         data_fingerprint: of the event store.
         num_steps: length of the run that wrote it.
-        log_sums: what the next log line had summed up by then (`loop.LogWindow`).
+        log_sums: what the next log line had summed up by then (`log_window.LogWindow`).
+        train_metrics: the state of the smoothed metrics (`train_metrics.SmoothedRecall`).
+        metric_value: of a best checkpoint, its value of `train.keep_best.metric`.
+        is_bound_to_length: a schedule depends on the length of the run.
     """
 
     config: str
     data_fingerprint: str
     num_steps: int
     log_sums: tuple[float, ...] = ()
+    train_metrics: tuple[float, ...] = ()
+    metric_value: float | None = None
+    is_bound_to_length: bool = False
 
 
 class Checkpointer:
     """Saves and restores the states of one run.
 
     Args:
-        folder: `<workdir>/checkpoints`.
+        folder: `<workdir>/checkpoints` or `<workdir>/best`.
         keep_max: newest checkpoints to keep; None never deletes and never writes (a reader).
     """
 
@@ -99,8 +105,10 @@ class Checkpointer:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )
-        values = restored["record"]
-        return Record(**{**values, "log_sums": tuple(values.get("log_sums", ()))})
+        values = dict(restored["record"])
+        for name in ("log_sums", "train_metrics"):
+            values[name] = tuple(values.get(name, ()))
+        return Record(**values)
 
     def restore(self, step: int, like: state_lib.TrainState) -> state_lib.TrainState:
         """The state of a checkpoint.
@@ -155,13 +163,11 @@ def check_resumable(saved: Record, current: Record, *, where: str) -> None:
             f"{where}: was trained on other data (fingerprint {saved.data_fingerprint[:12]}, now "
             f"{current.data_fingerprint[:12]}); use another workdir, or the same data."
         )
-    schedules = [line for line in current.config.splitlines() if ".schedule = " in line]
-    is_constant = all(line.endswith("'constant'") for line in schedules)
-    if saved.num_steps != current.num_steps and not is_constant:
+    if saved.num_steps != current.num_steps and current.is_bound_to_length:
         raise ValueError(
             f"{where}: was written by a run of {saved.num_steps} steps, this one has "
             f"{current.num_steps}, and a learning-rate schedule depends on it; use another workdir "
-            "to start a new run, or constant schedules."
+            "to start a new run, or schedules that end by themselves (a T_max)."
         )
     old, new = (_fixed_lines(record.config) for record in (saved, current))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))

@@ -120,7 +120,11 @@ def make_eval_set(store: event_store.EventStore, *, split: str, exclude_seen: bo
 
 
 def evaluate(run: run_lib.Run, state: state_lib.TrainState, eval_set: EvalSet) -> Evaluation:
-    """Ranks the catalogue by a state's vectors, and scores it on sampled negatives too."""
+    """Ranks the catalogue by a state's vectors, and scores it on sampled negatives too.
+
+    By its averaged parameters where the run keeps them, unless `eval.use_dense_ema` is off.
+    """
+    state = state_lib.for_evaluation(state, use_ema=run.config.eval.use_dense_ema)
     users, sampled = user_vectors(run, state, eval_set)
     items = item_vectors(run, state)
     return rank(eval_set, catalogue.vector_scores(users, items), run.config.eval, sampled=sampled)

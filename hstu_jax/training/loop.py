@@ -7,14 +7,23 @@ Read it top to bottom; the arithmetic is in `step.py`.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import jax
-import numpy as np
 
 from hstu_jax.config import schema
 from hstu_jax.data import event_store
-from hstu_jax.training import checkpoint, counting, evaluation, metric_log
+from hstu_jax.features import prefetch
+from hstu_jax.training import (
+    best,
+    checkpoint,
+    counting,
+    evaluation,
+    log_window,
+    metric_log,
+    train_metrics,
+)
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 from hstu_jax.training import step as step_lib
@@ -75,22 +84,22 @@ def fit(
         state = run_lib.init_state(run)
         echo(run_lib.describe(run, state))
         latest = checkpointer.latest_step()
-        log_sums: tuple[float, ...] = ()
+        saved: checkpoint.Record | None = None
         if latest is not None:
             where = f"{run.workdir}/checkpoints/{latest}"
             saved = checkpointer.read_record(latest)
             checkpoint.check_resumable(saved, run.record(), where=where)
             state = checkpointer.restore(latest, state)
-            log_sums = saved.log_sums
             echo(f"resumed   from {where}")
         log = metric_log.MetricLog(
             run.workdir, start_step=latest or 0, use_tensorboard=config.train.use_tensorboard
         )
         stack.enter_context(contextlib.closing(log))
         started = time.perf_counter()
-        state = _train(run, state, checkpointer, log, log_sums, echo)
-        if checkpointer.latest_step() != int(state.step):
-            checkpointer.save(state, run.record())
+        keeper = None
+        if config.train.keep_best.metric:
+            keeper = stack.enter_context(contextlib.closing(best.BestCheckpoint(run)))
+        state = _train(run, state, checkpointer, log, saved, keeper, echo)
         checkpointer.wait()
     return FitResult(
         run=run,
@@ -104,7 +113,7 @@ def restore(
     config: schema.Config,
     store: event_store.EventStore,
     *,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     devices: list[jax.Device] | None = None,
 ) -> FitResult:
     """A trained run from its workdir, for evaluation; nothing is written.
@@ -112,7 +121,7 @@ def restore(
     Args:
         config: the configuration that it was trained with.
         store: opened event store.
-        step: checkpoint; None is the newest.
+        step: checkpoint; None is the newest, "best" that of `train.keep_best`.
         devices: devices of the mesh; None takes all.
 
     Raises:
@@ -120,15 +129,18 @@ def restore(
         ValueError: it was written with another configuration or other data.
     """
     run = run_lib.build_run(config, store, devices=devices)
-    folder = run.workdir / "checkpoints"
+    kind = "best" if step == "best" else "checkpoints"
+    folder = run.workdir / kind
     if not folder.is_dir():
+        how = ", with train.keep_best.metric set" if kind == "best" else ""
         raise FileNotFoundError(
-            f"{folder}: no such folder; train first with `python -m hstu_jax.train --config=...`."
+            f"{folder}: no such folder; train first with `python -m hstu_jax.train "
+            f"--config=...`{how}."
         )
-    checkpointer = run.checkpointer(read_only=True)
+    checkpointer = run.checkpointer(read_only=True, folder=kind)
     try:
         steps = checkpointer.all_steps()
-        step = max(steps, default=None) if step is None else step
+        step = max(steps, default=None) if step in (None, "best") else step
         if step not in steps:
             raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {steps}.")
         saved = checkpointer.read_record(step)
@@ -144,24 +156,30 @@ def _train(
     state: state_lib.TrainState,
     checkpointer: checkpoint.Checkpointer,
     log: metric_log.MetricLog,
-    log_sums: tuple[float, ...],
+    saved: checkpoint.Record | None,
+    keeper: best.BestCheckpoint | None,
     echo: Print,
 ) -> state_lib.TrainState:
-    """The steps, from the state's own to the run's last."""
-    config = run.config.train
+    """The steps, from the state's own to the run's last, which is saved too."""
+    config, cutoffs = run.config.train, run.config.metrics.recall_at_k
     first = int(state.step)
     if first >= run.num_steps:
         echo(f"done      the workdir is at step {first} of {run.num_steps}; nothing to train")
         return state
-    window = LogWindow(first, run.config.metrics.recall_at_k, sums=log_sums)
+    smoothed = train_metrics.SmoothedRecall(
+        run.config.train_metrics, cutoffs, sums=saved.train_metrics if saved else ()
+    )
+    window = log_window.LogWindow(
+        first, cutoffs, smoothed=smoothed, sums=saved.log_sums if saved else ()
+    )
     pending: tuple[int, step_lib.StepMetrics] | None = None
-    validate = _Validation(run, log, echo) if run.config.eval.every_num_steps else None
+    validate = _Validation(run, log, keeper, echo) if run.config.eval.every_num_steps else None
+    per_step = config.gradient_accumulation_steps
     with run.pipeline.iterate(
-        start_step=first, stop_step=run.num_steps, device_put=run.put
+        start_step=first * per_step, stop_step=run.num_steps * per_step, device_put=run.put
     ) as batches:
-        for host_batch in batches:
-            step = host_batch.step + 1
-            state, metrics = run.train_step(state, host_batch.batch)
+        for step, batch in enumerate(_step_batches(batches, per_step), start=first + 1):
+            state, metrics = run.train_step(state, batch)
             if step == first + 1:
                 jax.block_until_ready(metrics)
                 elapsed = window.restart_clock(step, data_wait_s=batches.wait_s)
@@ -172,8 +190,8 @@ def _train(
             pending = (step, metrics)
             is_last = step == run.num_steps
             is_log = is_last or step % config.log_step_count_steps == 0
-            is_save = step % config.save_checkpoints_steps == 0 and not is_last
-            is_validation = validate is not None and step % validate.every == 0 and not is_last
+            is_save = is_last or step % config.save_checkpoints_steps == 0
+            is_validation = validate is not None and validate.is_due(step, is_last=is_last)
             if is_log or is_save or is_validation:  # a state is saved only after a look at its loss
                 window.add(*pending)
                 pending = None
@@ -186,8 +204,23 @@ def _train(
                 validate(step, state)
                 window.restart_clock(step, data_wait_s=batches.wait_s)
             if is_save:
-                checkpointer.save(state, run.record(window.sums))
+                record = run.record(log_sums=window.sums, train_metrics=smoothed.sums)
+                checkpointer.save(state, record)
     return state
+
+
+def _step_batches(batches: Iterable[prefetch.HostBatch], per_step: int) -> Iterator:
+    """What `train_step` takes: a batch, or with accumulation a tuple of them."""
+    if per_step == 1:
+        for item in batches:
+            yield item.batch
+        return
+    group = []
+    for item in batches:
+        group.append(item.batch)
+        if len(group) == per_step:
+            yield tuple(group)
+            group = []
 
 
 class _Validation:
@@ -196,12 +229,19 @@ class _Validation:
     Args:
         run: the run.
         log: where the figures go.
+        keeper: is offered every validated state; None keeps none.
         echo: where they are shown.
     """
 
-    def __init__(self, run: run_lib.Run, log: metric_log.MetricLog, echo: Print):
-        self._run, self._log, self._echo = run, log, echo
-        self.every = run.config.eval.every_num_steps
+    def __init__(
+        self,
+        run: run_lib.Run,
+        log: metric_log.MetricLog,
+        keeper: best.BestCheckpoint | None,
+        echo: Print,
+    ):
+        self._run, self._log, self._keeper, self._echo = run, log, keeper, echo
+        self._every = run.config.eval.every_num_steps
         config = run.config.eval
         self._eval_set = evaluation.make_eval_set(
             run.store, split="validation", exclude_seen=config.exclude_seen
@@ -210,6 +250,12 @@ class _Validation:
         if config.baselines:
             self._baselines, _ = counting.counting_baselines(run.store, self._eval_set, config)
 
+    def is_due(self, step: int, *, is_last: bool) -> bool:
+        """Whether a step is validated; the last one only where the best state is kept."""
+        if is_last:
+            return self._keeper is not None
+        return step % self._every == 0
+
     def __call__(self, step: int, state: state_lib.TrainState) -> None:
         """Evaluates a state, and shows the counted baselines, which do not change, beside it."""
         result = evaluation.evaluate(self._run, state, self._eval_set)
@@ -217,91 +263,7 @@ class _Validation:
         self._echo(f"valid     step {step}: {result.line()}")
         for name, baseline in self._baselines.items():
             self._echo(f"          {name}: {baseline.line()}")
-
-
-class LogWindow:
-    """Sums of the steps since the last log line.
-
-    Args:
-        step: number of completed steps.
-        top_k: cutoffs of recall.
-        sums: `sums` of the window that a stopped run had open; () starts an empty one.
-    """
-
-    def __init__(self, step: int, top_k: tuple[int, ...], *, sums: tuple[float, ...] = ()):
-        self._top_k = top_k
-        self._clock_step = step
-        self._data_wait_s = 0.0
-        self._restart()
-        if sums:
-            self._sums, self._hits = np.array(sums[:4]), np.array(sums[4:])
-
-    def _restart(self) -> None:
-        self._sums = np.zeros(4)  # loss, queries, users, tokens
-        self._hits = np.zeros(len(self._top_k))
-        self._timed = np.zeros(4)  # the same sums, since the clock was started
-        self._started = time.perf_counter()
-
-    @property
-    def sums(self) -> tuple[float, ...]:
-        """The open window, to go on from after a stop."""
-        return (*self._sums.tolist(), *self._hits.tolist())
-
-    def restart_clock(self, step: int, *, data_wait_s: float) -> float:
-        """Leaves what came before (a compilation, an evaluation) out of the rates.
-
-        Args:
-            step: number of completed steps.
-            data_wait_s: seconds spent waiting for batches since the run's start.
-
-        Returns:
-            Seconds since the clock was started before.
-        """
-        now = time.perf_counter()
-        elapsed, self._started = now - self._started, now
-        self._timed[:] = 0
-        self._clock_step, self._data_wait_s = step, data_wait_s
-        return elapsed
-
-    def add(self, step: int, metrics: step_lib.StepMetrics) -> None:
-        """Adds one step's sums; raises FloatingPointError if it is not finite."""
-        metrics = jax.device_get(metrics)
-        if not np.isfinite(metrics.loss_sum) or metrics.num_not_finite > 0:
-            raise FloatingPointError(
-                f"step {step}: the loss sum is {metrics.loss_sum} and {metrics.num_not_finite:.0f} "
-                "values of its gradients are not finite; the last checkpoint is intact. Lower "
-                "train.*.lr, or look at the batch of this step: batches are a function of (seed, "
-                "step)."
-            )
-        step_sums = np.array(
-            [metrics.loss_sum, metrics.num_queries, metrics.num_users, metrics.num_tokens],
-            dtype=np.float64,
-        )
-        self._sums += step_sums
-        if step > self._clock_step:  # the first step's time is not in the clock, nor is its work
-            self._timed += step_sums
-        self._hits += metrics.recall_hits
-
-    def close(self, step: int, *, data_wait_s: float) -> dict[str, float]:
-        """The window's means and rates; starts the next window.
-
-        Args:
-            step: the window's last step.
-            data_wait_s: seconds spent waiting for batches since the run's start.
-        """
-        elapsed = max(time.perf_counter() - self._started, 1e-9)
-        loss_sum, queries, _, _ = self._sums
-        _, _, users, tokens = self._timed
-        values = {"loss": loss_sum / max(queries, 1)}
-        for k, hits in zip(self._top_k, self._hits, strict=True):
-            values[f"recall@{k}"] = hits / max(queries, 1)
-        values |= {
-            "users_per_s": users / elapsed,
-            "tokens_per_s": tokens / elapsed,
-            "steps_per_s": max(step - self._clock_step, 1) / elapsed,
-            "data_wait_share": min((data_wait_s - self._data_wait_s) / elapsed, 1.0),
-        }
-        self._data_wait_s = data_wait_s
-        self._clock_step = step
-        self._restart()
-        return {name: float(value) for name, value in values.items()}
+        if self._keeper is not None:
+            line = self._keeper.offer(state, result.scalars())
+            if line:
+                self._echo(line)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from hstu_jax.config import resolve, schema
 from hstu_jax.data import event_store
 from hstu_jax.features import pipeline as pipeline_lib
 from hstu_jax.model import initialization, match
-from hstu_jax.training import checkpoint, partition, step
+from hstu_jax.training import checkpoint, partition, schedules, step
 from hstu_jax.training import state as state_lib
 
 # Dropout of step t draws from fold_in(key, t); first values draw from a number no step reaches.
@@ -55,23 +55,40 @@ class Run:
         """Folder of checkpoints and metrics."""
         return pathlib.Path(self.config.workdir)
 
-    def record(self, log_sums: tuple[float, ...] = ()) -> checkpoint.Record:
-        """What a checkpoint of this run says of itself."""
+    def record(
+        self,
+        *,
+        log_sums: tuple[float, ...] = (),
+        train_metrics: tuple[float, ...] = (),
+        metric_value: float | None = None,
+    ) -> checkpoint.Record:
+        """What a checkpoint of this run says of itself; see `checkpoint.Record`."""
+        schedules = self.config.train.schedules
         return checkpoint.Record(
-            log_sums=log_sums,
             config=resolve.to_text(self.config),
             data_fingerprint=self.store.fingerprint(),
             num_steps=self.num_steps,
+            log_sums=log_sums,
+            train_metrics=train_metrics,
+            metric_value=metric_value,
+            is_bound_to_length=any(each.depends_on_run_length for each in schedules),
         )
 
     def put(self, batch: Any) -> Any:
         """A host batch on the devices."""
         return partition.put_batch(batch, self.mesh)
 
-    def checkpointer(self, *, read_only: bool = False) -> checkpoint.Checkpointer:
-        """The run's checkpoints."""
-        keep_max = None if read_only else self.config.train.keep_checkpoint_max
-        return checkpoint.Checkpointer(self.workdir / "checkpoints", keep_max=keep_max)
+    def checkpointer(
+        self,
+        *,
+        read_only: bool = False,
+        folder: Literal["checkpoints", "best"] = "checkpoints",
+    ) -> checkpoint.Checkpointer:
+        """The run's newest checkpoints, or its best one."""
+        keep_max = {"checkpoints": self.config.train.keep_checkpoint_max, "best": 1}[folder]
+        return checkpoint.Checkpointer(
+            self.workdir / folder, keep_max=None if read_only else keep_max
+        )
 
 
 def build_run(
@@ -93,8 +110,12 @@ def build_run(
     mesh = partition.make_mesh(config.mesh, devices)
     partition.check_groups(config.data.num_groups, mesh)
     pipeline = pipeline_lib.Pipeline(config, store, split="train")
+    _check_accumulation(config.train, pipeline)
     num_steps = _num_steps(config.train, pipeline)
-    program = step.make_program(config, num_steps=num_steps)
+    ends = _epoch_ends(config.train, pipeline, num_steps)
+    program = step.make_program(
+        config, run_length=schedules.RunLength(num_steps=num_steps, epoch_ends=ends)
+    )
 
     def bind(function):
         return functools.partial(function, program=program)
@@ -128,9 +149,13 @@ def init_state(run: Run) -> state_lib.TrainState:
         params,
         optimizer=run.program.optimizer,
         tables=state_lib.init_tables(
-            run.program.specs, table_key, partition.split_sharding(run.mesh)
+            run.program.specs,
+            table_key,
+            partition.split_sharding(run.mesh),
+            rule=run.program.table_rule,
         ),
         replicated=replicated,
+        has_ema=run.config.train.dense_optimizer.ema.decay > 0,
     )
 
 
@@ -160,8 +185,36 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
     )
 
 
+def _check_accumulation(config: schema.TrainConfig, pipeline: pipeline_lib.Pipeline) -> None:
+    if config.gradient_accumulation_steps > 1 and len(pipeline.shapes) > 1:
+        raise ValueError(
+            f"train.gradient_accumulation_steps={config.gradient_accumulation_steps}: the batches "
+            f"of a step must have one shape, and this run has {len(pipeline.shapes)}; give "
+            "data.row_lens one length, or use data.layout='packed'."
+        )
+
+
 def _num_steps(config: schema.TrainConfig, pipeline: pipeline_lib.Pipeline) -> int:
+    """Optimizer steps; batches at the end of the last epoch that do not fill one are left out."""
     if config.num_epochs == 0:
         return config.num_steps
-    in_epochs = pipeline.first_step(config.num_epochs)
+    batches = pipeline.first_step(config.num_epochs)
+    in_epochs = batches // config.gradient_accumulation_steps
+    if in_epochs == 0:
+        raise ValueError(
+            f"train.gradient_accumulation_steps={config.gradient_accumulation_steps}: must not be "
+            f"more than the {batches} batches of train.num_epochs={config.num_epochs}."
+        )
     return min(in_epochs, config.num_steps) if config.num_steps else in_epochs
+
+
+def _epoch_ends(
+    config: schema.TrainConfig, pipeline: pipeline_lib.Pipeline, num_steps: int
+) -> tuple[int, ...]:
+    """First step after every epoch, for schedules that count epochs; () where none does."""
+    if not any(schedule.by_epoch for schedule in config.schedules):
+        return ()
+    ends, per_step = [], config.gradient_accumulation_steps
+    while not ends or ends[-1] < num_steps:
+        ends.append(-(-pipeline.first_step(len(ends) + 1) // per_step))
+    return tuple(ends)

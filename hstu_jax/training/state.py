@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hstu_jax.tables import optimizers, update
 from hstu_jax.tables import spec as table_spec
-from hstu_jax.tables import update
 
 
 @jax.tree_util.register_dataclass
@@ -26,16 +26,29 @@ class TrainState:
         params: dense parameters, the tree of the Linen modules.
         opt_state: optax state of the dense parameters.
         tables: table name -> `update.TableState`.
+        ema: moving average of `params`, or None.
     """
 
     step: Any
     params: Any
     opt_state: Any
     tables: Any
+    ema: Any
+
+
+def for_evaluation(state: TrainState, *, use_ema: bool) -> TrainState:
+    """The state to evaluate or export: with the averaged parameters where they are kept."""
+    if state.ema is None or not use_ema:
+        return state
+    return dataclasses.replace(state, params=state.ema)
 
 
 def init_tables(
-    specs: tuple[table_spec.TableSpec, ...], key: jax.Array, sharding: jax.sharding.Sharding
+    specs: tuple[table_spec.TableSpec, ...],
+    key: jax.Array,
+    sharding: jax.sharding.Sharding,
+    *,
+    rule: optimizers.Rule,
 ) -> dict[str, update.TableState]:
     """Every table at its first values, drawn on the devices that keep it.
 
@@ -44,10 +57,7 @@ def init_tables(
     ordered = sorted(specs, key=lambda spec: spec.name)
     return {
         spec.name: update.init_state(
-            spec,
-            jax.random.fold_in(key, number),
-            weights_sharding=sharding,
-            accumulator_sharding=sharding,
+            spec, jax.random.fold_in(key, number), rule=rule, sharding=sharding
         )
         for number, spec in enumerate(ordered)
     }
@@ -59,9 +69,13 @@ def init_state(
     optimizer: optax.GradientTransformation,
     tables: dict[str, update.TableState],
     replicated: jax.sharding.Sharding,
+    has_ema: bool,
 ) -> TrainState:
     """The state before the first step, on the mesh."""
     params = jax.device_put(params, replicated)
     opt_state = jax.jit(optimizer.init, out_shardings=replicated)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
-    return TrainState(step=step, params=params, opt_state=opt_state, tables=tables)
+    # A copy: the step may not be given one buffer twice to reuse.
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=replicated)
+    ema = copy(params) if has_ema else None
+    return TrainState(step=step, params=params, opt_state=opt_state, tables=tables, ema=ema)

@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from hstu_jax.config import schema
+from hstu_jax.config import schema, train_schema
 from hstu_jax.features import batch as batch_lib
 from hstu_jax.losses import sampled_softmax
 from hstu_jax.metrics import ranking
 from hstu_jax.model import feature_lookup, match
-from hstu_jax.tables import exchange, lookup
+from hstu_jax.tables import exchange, lookup, optimizers, update
 from hstu_jax.tables import spec as table_spec
+from hstu_jax.training import gradients as gradients_lib
 from hstu_jax.training import optimizer as optimizer_lib
-from hstu_jax.training import partition, state
+from hstu_jax.training import partition, schedules, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Program:
         plan: which ids go to which table.
         specs: the embedding tables.
         optimizer: of the dense parameters.
-        num_steps: length of the run, for the schedules.
+        table_rule: optimizer of the tables.
+        run_length: what the schedules know of the run.
     """
 
     config: schema.Config
@@ -44,7 +46,8 @@ class Program:
     plan: feature_lookup.LookupPlan
     specs: tuple[table_spec.TableSpec, ...]
     optimizer: optax.GradientTransformation
-    num_steps: int
+    table_rule: optimizers.Rule
+    run_length: schedules.RunLength
 
     def spec(self, table: str) -> table_spec.TableSpec:
         """The table of that name."""
@@ -73,7 +76,7 @@ class StepMetrics:
     num_not_finite: Any
 
 
-def make_program(config: schema.Config, *, num_steps: int) -> Program:
+def make_program(config: schema.Config, *, run_length: schedules.RunLength) -> Program:
     """The steps of a configuration."""
     features, tables = config.features, config.embedding_names
     specs = {
@@ -90,32 +93,118 @@ def make_program(config: schema.Config, *, num_steps: int) -> Program:
         model=match.build_model(config.model, features, config.feature_groups),
         plan=feature_lookup.make_plan(config),
         specs=tuple(specs.values()),
-        optimizer=optimizer_lib.dense_optimizer(config.train.dense_optimizer, num_steps=num_steps),
-        num_steps=num_steps,
+        optimizer=optimizer_lib.dense_optimizer(config.train.dense_optimizer, run=run_length),
+        table_rule=table_rule(config.train.sparse_optimizer),
+        run_length=run_length,
+    )
+
+
+def table_rule(config: train_schema.SparseOptimizerConfig) -> optimizers.Rule:
+    """The tables' optimizer of a configuration."""
+    if config.kind == "sgd":
+        return optimizers.Sgd()
+    if config.kind == "adagrad":
+        return optimizers.Adagrad(config.initial_accumulator_value)
+    if config.kind == "rowwise_adagrad":
+        return optimizers.RowwiseAdagrad(config.weight_decay, config.weight_decay_mode)
+    return optimizers.Adam(
+        beta1=config.beta1,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+        is_rowwise=config.kind == "partial_rowwise_adam",
     )
 
 
 def train_step(
-    train_state: state.TrainState, batch: batch_lib.Batch, *, program: Program
+    train_state: state.TrainState,
+    batch: batch_lib.Batch | tuple[batch_lib.Batch, ...],
+    *,
+    program: Program,
 ) -> tuple[state.TrainState, StepMetrics]:
     """One optimizer step on this shard's groups and table rows.
 
     The loss is the sum over all queries of the global batch over their number, whatever the number
-    of devices.
+    of devices. With `gradient_accumulation_steps` n the step takes n batches: mode "mean" divides
+    by the queries of all of them, "sum" adds the n losses, each over its own number.
 
     Args:
         train_state: this shard's state; donate it.
-        batch: this shard's groups.
+        batch: this shard's groups; a tuple of n batches with accumulation.
         program: static.
 
     Returns:
         The new state, and sums over the whole mesh.
     """
-    config, axes = program.config, partition.AXES
-    sparse = config.train.sparse_optimizer
+    train, axes, first = program.config.train, partition.AXES, train_state.step
+    found, tables = _step_gradients(program, train_state, batch)
+    param_grads = gradients_lib.clip(jax.lax.psum(found.params, axes), train.grad_clipping)
+    updates, opt_state = program.optimizer.update(
+        param_grads, train_state.opt_state, train_state.params
+    )
+    params = optax.apply_updates(train_state.params, updates)
+    new_state = state.TrainState(
+        step=first + 1,
+        params=params,
+        opt_state=opt_state,
+        tables=update_tables(program, tables, found.rows, step=first, iteration=first + 1),
+        ema=gradients_lib.average(train_state.ema, params, train.dense_optimizer.ema, step=first),
+    )
+    return new_state, jax.lax.psum(found.metrics, axes)
+
+
+def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGradients, Any]:
+    """Gradients of all batches of a step; the tables, which `table_updates` "batch" changes."""
+    train, first = program.config.train, train_state.step
+    num_batches, tables = train.gradient_accumulation_steps, train_state.tables
+    if num_batches == 1:
+        num_queries = _num_queries(batch)
+        found = batch_gradients(program, train_state, batch, number=first, num_queries=num_queries)
+        return found, tables
+    total = None
+    if train.gradient_accumulation_mode == "mean":
+        total = sum(_num_queries(each) for each in batch)
+
+    def gradients_of(tables, each, number):
+        return batch_gradients(
+            program,
+            dataclasses.replace(train_state, tables=tables),
+            each,
+            number=first * num_batches + number,
+            num_queries=_num_queries(each) if total is None else total,
+        )
+
+    def update_now(tables, rows, number):
+        iteration = first * num_batches + number + 1
+        return update_tables(program, tables, rows, step=first, iteration=iteration)
+
+    return gradients_lib.accumulate(
+        gradients_of,
+        batch,
+        tables,
+        update_tables=update_now if train.table_updates == "batch" else None,
+    )
+
+
+def batch_gradients(
+    program: Program,
+    train_state: state.TrainState,
+    batch: batch_lib.Batch,
+    *,
+    number: Int[Array, ""],
+    num_queries: Float[Array, ""],
+) -> gradients_lib.BatchGradients:
+    """Gradients of one batch on this shard; not yet summed over the mesh.
+
+    Args:
+        program: static.
+        train_state: this shard's parameters and tables.
+        batch: this shard's groups.
+        number: of the batch in the run, from 0; keys dropout.
+        num_queries: what the sum of the losses is divided by.
+    """
+    sparse = program.config.train.sparse_optimizer
     unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
-    num_queries = jax.lax.psum(jnp.sum(batch.query_mask, dtype=jnp.float32), axes)
-    dropout_key = jax.random.fold_in(jax.random.key(config.seed), train_state.step)
+    dropout_key = jax.random.fold_in(jax.random.key(program.config.seed), number)
 
     def global_loss(params, picked):
         max_gradient = sparse.max_gradient if sparse.gradient_clipping else None
@@ -131,36 +220,56 @@ def train_step(
     (_, scores), (param_grads, row_grads) = jax.value_and_grad(
         global_loss, argnums=(0, 1), has_aux=True
     )(train_state.params, picked)
-
     num_not_finite = sum(
         jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32)
         for leaf in jax.tree.leaves((param_grads, row_grads))
     )
-    param_grads = jax.lax.psum(param_grads, axes)
-    updates, opt_state = program.optimizer.update(
-        param_grads, train_state.opt_state, train_state.params
+    return gradients_lib.BatchGradients(
+        params=param_grads,
+        rows={table: (unique[table], row_grads[table]) for table in row_grads},
+        metrics=_metrics(program, scores, batch, num_not_finite=num_not_finite),
     )
-    rate = optimizer_lib.learning_rate(
-        sparse.learning_rate, base=sparse.lr, num_steps=program.num_steps, step=train_state.step
+
+
+def update_tables(
+    program: Program,
+    tables: Mapping[str, update.TableState],
+    rows: Mapping[str, tuple[lookup.UniqueRows, Float[Array, "capacity dim"]]],
+    *,
+    step: Int[Array, ""],
+    iteration: Int[Array, ""],
+) -> dict[str, update.TableState]:
+    """Tables after an update of the rows that have gradients.
+
+    Args:
+        program: static.
+        tables: this shard's tables.
+        rows: table -> its rows and their gradients on this shard.
+        step: completed optimizer steps, for the learning rate.
+        iteration: number of this update, from 1.
+    """
+    sparse = program.config.train.sparse_optimizer
+    rate = schedules.learning_rate(
+        sparse.learning_rate, base=sparse.lr, run=program.run_length, step=step
     )
-    tables = {
+    updated = {
         table: exchange.apply(
-            train_state.tables[table],
-            unique[table],
-            row_grads[table],
-            axis_names=axes,
+            tables[table],
+            unique,
+            gradients,
+            axis_names=partition.AXES,
+            rule=program.table_rule,
             learning_rate=rate,
+            iteration=iteration,
         )
-        for table in row_grads
+        for table, (unique, gradients) in rows.items()
     }
-    new_state = state.TrainState(
-        step=train_state.step + 1,
-        params=optax.apply_updates(train_state.params, updates),
-        opt_state=opt_state,
-        tables={**train_state.tables, **tables},
-    )
-    metrics = _metrics(program, scores, batch, num_not_finite=num_not_finite)
-    return new_state, jax.lax.psum(metrics, axes)
+    return {**tables, **updated}
+
+
+def _num_queries(batch: batch_lib.Batch) -> Float[Array, ""]:
+    """Queries of the global batch."""
+    return jax.lax.psum(jnp.sum(batch.query_mask, dtype=jnp.float32), partition.AXES)
 
 
 def eval_step(

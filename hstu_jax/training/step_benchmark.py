@@ -76,7 +76,16 @@ def benchmark_step(run: run_lib.Run, *, num_repeats: int = 10) -> StepTimes:
     Args:
         run: the assembled run; nothing is written to its workdir.
         num_repeats: timed calls of each part.
+
+    Raises:
+        ValueError: the run's steps take several batches.
     """
+    accumulated = run.config.train.gradient_accumulation_steps
+    if accumulated > 1:
+        raise ValueError(
+            f"train.gradient_accumulation_steps={accumulated}: the benchmark times steps of one "
+            "batch; set it to 1."
+        )
     state = run_lib.init_state(run)
     host_batch = run.pipeline.batch_at(0)
     batch = run.put(host_batch.batch)
@@ -153,7 +162,12 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
     def update_tables(tables, unique, gradients):
         return {
             t: exchange.apply(
-                tables[t], unique[t], g, axis_names=partition.AXES, learning_rate=1e-3
+                tables[t],
+                unique[t],
+                g,
+                axis_names=partition.AXES,
+                rule=program.table_rule,
+                learning_rate=1e-3,
             )
             for t, g in gradients.items()
         }

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from hstu_jax.tables import exchange, lookup, spec, update
+from hstu_jax.tables import exchange, lookup, optimizers, spec, update
 
 AXES = ("host", "chip")
 TABLE = spec.TableSpec("video", 9000, 6)
+RULE = optimizers.RowwiseAdagrad()
+ADAM = optimizers.Adam(weight_decay=0.1)
 
 
 def draw():
@@ -25,7 +27,7 @@ def draw():
     return jnp.asarray(ids), jnp.asarray(valid), jnp.asarray(cotangent)
 
 
-def local_step(state, ids, valid, cotangent):
+def local_step(state, ids, valid, cotangent, *, rule=RULE):
     """A device's part of a step: returns its block of the table and its users' vectors."""
     shape = ids.shape
     rows = spec.rows_of(TABLE, ids, valid).reshape(-1)
@@ -33,11 +35,11 @@ def local_step(state, ids, valid, cotangent):
     picked = exchange.fetch(state.weights, unique, axis_names=AXES)
     vectors, pull = jax.vjp(lambda picked: lookup.expand(picked, unique), picked)
     (gradients,) = pull(cotangent.reshape(-1, TABLE.dim))
-    state = exchange.apply(state, unique, gradients, axis_names=AXES, learning_rate=0.3)
+    state = exchange.apply(state, unique, gradients, axis_names=AXES, rule=rule, learning_rate=0.3)
     return state, vectors.reshape(*shape, TABLE.dim)
 
 
-def run(mesh_shape, *, check_vma=True):
+def run(mesh_shape, *, check_vma=True, rule=RULE):
     mesh = jax.make_mesh(
         mesh_shape,
         AXES,
@@ -46,12 +48,19 @@ def run(mesh_shape, *, check_vma=True):
     )
     split = PartitionSpec(AXES)
     step = jax.jit(
-        jax.shard_map(local_step, mesh=mesh, in_specs=split, out_specs=split, check_vma=check_vma)
+        jax.shard_map(
+            functools.partial(local_step, rule=rule),
+            mesh=mesh,
+            in_specs=split,
+            out_specs=split,
+            check_vma=check_vma,
+        )
     )
-    state = update.init_state(TABLE, jax.random.key(0))
+    state = update.init_state(TABLE, jax.random.key(0), rule=rule)
     for _ in range(2):
         state, vectors = step(state, *draw())
-    return np.asarray(state.weights), np.asarray(state.accumulator), np.asarray(vectors)
+    slots = [np.asarray(state.slots[name]) for name in sorted(state.slots)]
+    return np.asarray(state.weights), *slots, np.asarray(vectors)
 
 
 @functools.cache
@@ -65,6 +74,13 @@ def test_two_devices_equal_one(mesh_shape, check_vma):
         np.testing.assert_allclose(several, single, rtol=1e-6, atol=1e-7)
 
 
+def test_two_devices_equal_one_with_several_slots():
+    single = run((1, 1), rule=ADAM)
+    assert [part.ndim for part in single] == [2, 2, 2, 3]
+    for one, several in zip(single, run((1, 2), check_vma=False, rule=ADAM), strict=True):
+        np.testing.assert_allclose(several, one, rtol=1e-5, atol=1e-6)
+
+
 def test_one_device_equals_the_plain_path_and_moves_nothing():
     ids, valid, cotangent = draw()
 
@@ -74,13 +90,13 @@ def test_one_device_equals_the_plain_path_and_moves_nothing():
         unique = lookup.unique_rows(rows, capacity=rows.size, sentinel=TABLE.padded_rows)
         _, pull = jax.vjp(lambda p: lookup.expand(p, unique), lookup.gather(state.weights, unique))
         (gradients,) = pull(cotangent.reshape(-1, TABLE.dim))
-        return update.rowwise_adagrad(state, unique, gradients, learning_rate=0.3)
+        return update.apply(state, unique, gradients, rule=RULE, learning_rate=0.3)
 
-    state = update.init_state(TABLE, jax.random.key(0))
+    state = update.init_state(TABLE, jax.random.key(0), rule=RULE)
     plain = plain_step(plain_step(state))
     weights, accumulator, _ = one_device()
     np.testing.assert_allclose(weights, plain.weights, rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(accumulator, plain.accumulator, rtol=1e-6)
+    np.testing.assert_allclose(accumulator, plain.slots["accumulator"], rtol=1e-6)
 
     mesh = jax.make_mesh(
         (1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1]

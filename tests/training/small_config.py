@@ -1,5 +1,7 @@
 """A small configuration for the training tests: KuaiRand's features, a model of width 16."""
 
+import dataclasses
+
 from configs import kuairand
 from hstu_jax.config import resolve, schema
 
@@ -38,3 +40,11 @@ def small_config(store, workdir, **overrides) -> schema.Config:
             section = section[part]
         section[name] = value
     return resolve.resolve(raw)
+
+
+def with_two_tables(config: schema.Config) -> schema.Config:
+    """The same with user_id as its only contextual feature: it compiles in a third of the time."""
+    groups = {**config.feature_groups, "contextual": ("user_id",)}
+    used = {name for names in groups.values() for name in names}
+    features = {name: value for name, value in config.features.items() if name in used}
+    return dataclasses.replace(config, features=features, feature_groups=groups)

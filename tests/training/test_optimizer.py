@@ -1,58 +1,135 @@
-"""Schedules by hand, and Adam against a float64 loop."""
+"""Dense optimizers against torch's recorded 20 steps, and which part takes which parameter."""
 
+import json
+import pathlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from hstu_jax.config import schema
-from hstu_jax.training import optimizer
+from hstu_jax.config import train_schema
+from hstu_jax.training import optimizer, schedules
+
+RECORD = json.loads((pathlib.Path(__file__).parent / "torch_optimizers.json").read_text())
+RUN = schedules.RunLength(num_steps=20)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.4, 0.4, 0.4, 0.4, 0.4]),
-        ({"warmup_size": 4, "warmup_learning_rate": 0.2}, [0.2, 0.25, 0.3, 0.35, 0.4]),
-        ({"schedule": "cosine"}, [0.4, 0.4 * 0.5 * (1 + np.cos(np.pi / 8)), None, None, 0.2]),
-        (
-            {"schedule": "cosine", "warmup_size": 2, "min_learning_rate": 0.1},
-            [0.0, 0.2, 0.4, 0.1 + 0.15 * (1 + np.cos(np.pi / 6)), None],
-        ),
-    ],
-)
-def test_schedule_by_hand(options, expected):
-    config = schema.LearningRateConfig(**options)
-    for step, want in enumerate(expected):
-        if want is not None:
-            got = optimizer.learning_rate(config, base=0.4, num_steps=8, step=jnp.int32(step))
-            assert float(got) == pytest.approx(want, rel=1e-6)
+def arrays(tree):
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32), tree, is_leaf=lambda x: isinstance(x, list)
+    )
 
 
-def test_cosine_stays_at_its_minimum_and_zero_stays_zero():
-    config = schema.LearningRateConfig(schedule="cosine", min_learning_rate=0.1)
-    assert float(
-        optimizer.learning_rate(config, base=0.4, num_steps=8, step=jnp.int32(20))
-    ) == pytest.approx(0.1)
-    assert float(optimizer.learning_rate(config, base=0.0, num_steps=8, step=jnp.int32(3))) == 0.0
+def config_of(case):
+    options = {k: v for k, v in case["options"].items() if k != "betas"}
+    if "betas" in case["options"]:
+        options["beta1"], options["beta2"] = case["options"]["betas"]
+    return train_schema.DenseOptimizerConfig(kind=case["kind"].lower(), **options)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_adam_equals_a_float64_loop(weight_decay):
-    config = schema.DenseOptimizerConfig(lr=0.01, beta2=0.98, weight_decay=weight_decay)
-    transform = optimizer.dense_optimizer(config, num_steps=20)
-    rng = np.random.default_rng(0)
-    want = rng.normal(size=5)
-    params = jnp.asarray(want, jnp.float32)
+def train(config, start, gradients):
+    """Parameters after every step."""
+    transform = optimizer.dense_optimizer(config, run=RUN)
+    params = start
     state = transform.init(params)
-    mean, square = np.zeros(5), np.zeros(5)
-    for step in range(1, 21):
-        gradient = rng.normal(size=5)
-        updates, state = transform.update(jnp.asarray(gradient, jnp.float32), state, params)
-        params = optax.apply_updates(params, updates)
-        gradient = gradient + weight_decay * want  # L2: added to the gradient, not decoupled
-        mean = 0.9 * mean + 0.1 * gradient
-        square = 0.98 * square + 0.02 * gradient**2
-        scale = np.sqrt(square / (1 - 0.98**step)) + 1e-8
-        want = want - 0.01 * mean / (1 - 0.9**step) / scale
-    np.testing.assert_allclose(params, want, rtol=1e-5, atol=1e-6)
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = transform.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for gradient in gradients:
+        params, state = step(params, state, gradient)
+        yield params
+
+
+@pytest.mark.parametrize("name", RECORD["cases"])
+def test_twenty_steps_equal_torch(name):
+    case = RECORD["cases"][name]
+    gradients = [arrays(step) for step in RECORD["gradients"]]
+    steps = enumerate(train(config_of(case), arrays(RECORD["start"]), gradients), start=1)
+    checked = 0
+    for number, params in steps:
+        if str(number) in case["snapshots"]:
+            want = case["snapshots"][str(number)]
+            for key, value in params.items():
+                np.testing.assert_allclose(value, want[key], rtol=1e-5, atol=1e-6, err_msg=key)
+            checked += 1
+    assert checked == 4
+
+
+def test_the_cases_tell_the_options_apart():
+    """No two cases end alike, so an option that is not read cannot pass."""
+    ends = [np.ravel(case["snapshots"]["20"]["vector"]) for case in RECORD["cases"].values()]
+    for number, end in enumerate(ends):
+        for other in ends[:number]:
+            assert np.abs(end - other).max() > 1e-3
+    kinds = {case["kind"].lower() for case in RECORD["cases"].values()}
+    assert kinds == set(train_schema.OptimizerConfig.__annotations__["kind"].__args__)
+
+
+PARAMS = {
+    "user_tower": {
+        "encoder": {"stack": {"layers_0": {"uvqk_kernel": jnp.ones(2), "uvqk_bias": jnp.ones(1)}}}
+    },
+    "item_tower": {"output": {"kernel": jnp.ones(3)}},
+}
+
+
+def part(pattern, **options):
+    return train_schema.PartOptimizerConfig(regex_pattern=pattern, **options)
+
+
+def test_the_first_pattern_that_matches_the_whole_name_takes_a_parameter():
+    labels = optimizer.part_labels(
+        PARAMS,
+        patterns=(
+            r"user_tower\._hstu_encoder\._stu_module\._stu_layers\.0\._uvqk_weight",
+            r"user_tower/.*",
+            r"item_tower\.output\.weight",
+        ),
+    )
+    layer = labels["user_tower"]["encoder"]["stack"]["layers_0"]
+    assert layer == {"uvqk_kernel": "part0", "uvqk_bias": "part1"}
+    assert labels["item_tower"]["output"]["kernel"] == "part2"
+    # A pattern that matches the beginning only takes nothing.
+    with pytest.raises(ValueError, match=r"takes no parameter .* item_tower/output/kernel, user"):
+        optimizer.part_labels(PARAMS, patterns=(r"item_tower/output/k",))
+
+
+def test_a_part_that_others_leave_nothing_is_an_error():
+    config = train_schema.DenseOptimizerConfig(
+        part_optimizers=(part(".*"), part("item_tower/.*", kind="sgd"))
+    )
+    expected = r"part_optimizers\[1\]\.regex_pattern='item_tower/\.\*': takes no parameter"
+    with pytest.raises(ValueError, match=expected):
+        optimizer.dense_optimizer(config, run=RUN).init(PARAMS)
+
+
+def test_parts_have_their_own_optimizer_and_schedule():
+    decay = train_schema.LearningRateConfig(schedule="exponential_decay", decay_size=1)
+    halve = train_schema.LearningRateConfig(
+        schedule="exponential_decay", decay_size=1, decay_factor=0.5
+    )
+    config = train_schema.DenseOptimizerConfig(
+        kind="sgd",
+        lr=1.0,
+        momentum=0.0,
+        learning_rate=decay,
+        part_optimizers=(
+            part("item_tower/.*", kind="sgd", lr=0.1, momentum=0.0),
+            part(".*bias", kind="sgd", lr=0.1, momentum=0.0, learning_rate=halve),
+        ),
+    )
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    *_, after = train(config, PARAMS, [ones] * 3)
+    layer = after["user_tower"]["encoder"]["stack"]["layers_0"]
+    decayed = 1 + 0.95 + 0.95**2
+    np.testing.assert_allclose(layer["uvqk_kernel"], 1 - decayed, rtol=1e-5)
+    np.testing.assert_allclose(layer["uvqk_bias"], 1 - 0.1 * 1.75, rtol=1e-6)
+    # Without a schedule of its own a part follows the others', from its own base rate.
+    np.testing.assert_allclose(
+        after["item_tower"]["output"]["kernel"], 1 - 0.1 * decayed, rtol=1e-6
+    )

@@ -1,0 +1,49 @@
+"""The best state so far by a validation metric, in `<workdir>/best` beside the newest ones."""
+
+from hstu_jax.training import run as run_lib
+from hstu_jax.training import state as state_lib
+
+
+class BestCheckpoint:
+    """Keeps one checkpoint: that of the best validation, the first one among equals.
+
+    The value is in the checkpoint's record, so that a resumed run goes on comparing with it.
+
+    Args:
+        run: the run; `train.keep_best` names the metric.
+    """
+
+    def __init__(self, run: run_lib.Run):
+        self._run, self._config = run, run.config.train.keep_best
+        self._checkpointer = run.checkpointer(folder="best")
+        step = self._checkpointer.latest_step()
+        self._value = None
+        if step is not None:
+            self._value = self._checkpointer.read_record(step).metric_value
+
+    def offer(self, state: state_lib.TrainState, metrics: dict[str, float]) -> str:
+        """Saves a state if its validation beats all before.
+
+        On disk before this returns: the run's own next checkpoint means that it is past this
+        validation. NaN beats nothing.
+
+        Args:
+            state: the validated state.
+            metrics: its figures.
+
+        Returns:
+            A line to show, or "" if the state is not the best.
+        """
+        value = metrics[self._config.metric]
+        sign = 1 if self._config.larger_is_better else -1
+        is_better = value == value and (self._value is None or sign * value > sign * self._value)
+        if not is_better:
+            return ""
+        self._checkpointer.save(state, self._run.record(metric_value=value))
+        self._checkpointer.wait()
+        self._value = value
+        return f"best      {self._config.metric} {value:.4f}, kept in {self._run.workdir}/best"
+
+    def close(self) -> None:
+        """Releases the background threads."""
+        self._checkpointer.close()

@@ -1,0 +1,137 @@
+"""What happens to gradients between the loss and the optimizer, and to parameters after it.
+
+Sums over several batches, clipping, and the moving average of the parameters. The gradients
+themselves are computed in `step.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hstu_jax.config import train_schema
+from hstu_jax.tables import lookup
+
+_NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BatchGradients:
+    """What one or several batches say. Fields are `Any`: such trees are also loop carries.
+
+    Attributes:
+        params: gradients of this shard's loss, the tree of the dense parameters.
+        rows: table -> (`lookup.UniqueRows`, gradients of those rows).
+        metrics: `step.StepMetrics`, sums over this shard.
+    """
+
+    params: Any
+    rows: Any
+    metrics: Any
+
+
+def accumulate(
+    gradients_of: Callable[[Any, Any, Int[Array, ""]], BatchGradients],
+    batches: tuple[Any, ...],
+    tables: Any,
+    *,
+    update_tables: Callable[[Any, Any, Int[Array, ""]], Any] | None,
+) -> tuple[BatchGradients, Any]:
+    """Sums of several batches, one in memory at a time.
+
+    Gradients of table rows are kept batch by batch, `[n, capacity, dim]`, and merged at the end by
+    row: memory follows the ids of the batches, never a table.
+
+    Args:
+        gradients_of: (tables, batch, number) -> its gradients.
+        batches: n batches of one shape.
+        tables: state of the tables before the step.
+        update_tables: (tables, rows, number) -> tables with a batch's gradients applied at once,
+            which later batches see; None leaves them to the caller.
+
+    Returns:
+        The sums, with the rows of all batches (nothing if they were applied), and the tables.
+    """
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    first = jax.eval_shape(gradients_of, tables, batches[0], jnp.int32(0))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (first.params, first.metrics))
+
+    def add(carry, item):
+        (sums, tables), (number, batch) = carry, item
+        found = gradients_of(tables, batch, number)
+        sums = jax.tree.map(jnp.add, sums, (found.params, found.metrics))
+        if update_tables is not None:
+            return (sums, update_tables(tables, found.rows, number)), {}
+        return (sums, tables), {t: (u.rows, values) for t, (u, values) in found.rows.items()}
+
+    numbers = jnp.arange(len(batches), dtype=jnp.int32)
+    (sums, tables), kept = jax.lax.scan(add, (zeros, tables), (numbers, stacked))
+    rows = {}
+    for table, (unique, _) in first.rows.items():
+        if table in kept:
+            all_rows, values = (part.reshape(-1, *part.shape[2:]) for part in kept[table])
+            capacity = min(all_rows.shape[0], unique.sentinel)
+            rows[table] = lookup.merge_rows(
+                all_rows, values, capacity=capacity, sentinel=unique.sentinel
+            )
+    return BatchGradients(sums[0], rows, sums[1]), tables
+
+
+def clip(gradients: Any, config: train_schema.GradClippingConfig) -> Any:
+    """Dense gradients, clipped.
+
+    "norm": g * min(1, max_gradient / (|g| + 1e-6)), |g| the norm of all gradients together, of
+    power `norm_type`. "value": every element within +- max_gradient.
+
+    Args:
+        gradients: already summed over devices and batches.
+        config: the section `train.grad_clipping`.
+
+    Source: torch.nn.utils.clip_grad_norm_ and clip_grad_value_ 2.13.
+    """
+    if config.clipping_type == "norm":
+        norm = global_norm(gradients, power=config.norm_type)
+        factor = jnp.minimum(config.max_gradient / (norm + _NORM_EPS), 1.0)
+        return jax.tree.map(lambda g: g * factor, gradients)
+    if config.clipping_type == "value":
+        limit = config.max_gradient
+        return jax.tree.map(lambda g: jnp.clip(g, -limit, limit), gradients)
+    return gradients
+
+
+def global_norm(gradients: Any, *, power: float) -> Float[Array, ""]:
+    """(sum of |g|^power over every element)^(1 / power); the largest |g| for infinity."""
+    leaves = jax.tree.leaves(gradients)
+    if power == float("inf"):
+        return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
+    total = sum(jnp.sum(jnp.abs(leaf) ** power) for leaf in leaves)
+    return total ** (1.0 / power)
+
+
+def average(
+    averaged: Any, params: Any, config: train_schema.EmaConfig, *, step: Int[Array, ""]
+) -> Any:
+    """The moving average after a step: decay * average + (1 - decay) * params.
+
+    The first step copies the parameters. None stays None: the run keeps no average.
+
+    Args:
+        averaged: the average before, or None.
+        params: the parameters after the step.
+        config: the section `train.dense_optimizer.ema`.
+        step: steps completed before this one.
+
+    Source: torch.optim.swa_utils.AveragedModel with get_ema_avg_fn 2.13, as TorchEasyRec 1.3.16
+        uses it.
+    """
+    if averaged is None:
+        return None
+
+    def blend(old, new):
+        return jnp.where(step == 0, new, config.decay * old + (1.0 - config.decay) * new)
+
+    return jax.tree.map(blend, averaged, params)
