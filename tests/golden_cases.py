@@ -136,22 +136,9 @@ NOT_YET_SUPPORTED: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
         ),
     ),
     (
-        "hard negatives",
-        "the hard samplers are a later issue",
-        lambda c: (
-            c.args.get("num_hard_neg", 0) > 0
-            or any("hard_neg_indices" in name for name in c.arrays)
-        ),
-    ),
-    (
         "learning rate schedules",
         "only constant and cosine exist, without the reference's other kinds",
         lambda c: c.op == "lr_scheduler",
-    ),
-    (
-        "recorded trainings",
-        "the training replay comes with the schedules",
-        lambda c: c.op == "HSTUMatch train steps",
     ),
 )
 

@@ -16,7 +16,13 @@ import pytest
 from hstu_jax.model import encoder, normalization, stu, time_buckets
 from hstu_jax.tables import update
 from pallas_kernels.hstu_attention import api as attention
-from tests import golden_cases, golden_model_runners, golden_runners
+from tests import (
+    golden_cases,
+    golden_model_runners,
+    golden_runners,
+    golden_scoring,
+    golden_training_runners,
+)
 
 FOLDER, IS_WHOLE = golden_cases.golden_folder()
 CASES = golden_cases.load_cases(FOLDER)
@@ -36,7 +42,8 @@ RUNNERS = {
     "input_preprocessor": golden_runners.run_preprocessor,
     "HSTUMatchEncoder": golden_model_runners.run_encoder,
     "HSTUMatch": golden_model_runners.run_match,
-    "sim_with_sampler": golden_model_runners.run_scores,
+    "HSTUMatch train steps": golden_training_runners.run_training,
+    "sim_with_sampler": golden_scoring.run_scores,
     "fbgemm EXACT_ROWWISE_ADAGRAD": golden_model_runners.run_rowwise_adagrad,
 }
 

@@ -57,7 +57,8 @@ class StepMetrics:
     """Sums of one step over the whole global batch. Fields are `Any`: such trees hold specs too.
 
     Attributes:
-        loss_sum: sum of the queries' losses.
+        loss_sum: sum of the queries' losses; with sample weights their weighted mean times the
+            number of queries, so that a mean over steps counts queries.
         num_queries: number of queries (positives).
         num_users: number of users.
         num_tokens: token slots in use, contextual ones included.
@@ -101,7 +102,8 @@ def train_step(
     """One optimizer step on this shard's groups and table rows.
 
     The loss is the sum over all queries of the global batch over their number, whatever the number
-    of devices.
+    of devices; with sample weights sum(weight * loss) / sum(weight), and 0 where that sum is 0. The
+    metrics count every query alike.
 
     Args:
         train_state: this shard's state; donate it.
@@ -114,7 +116,7 @@ def train_step(
     config, axes = program.config, partition.AXES
     sparse = config.train.sparse_optimizer
     unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
-    num_queries = jax.lax.psum(jnp.sum(batch.query_mask, dtype=jnp.float32), axes)
+    total_weight = _total_weight(program, batch)
     dropout_key = jax.random.fold_in(jax.random.key(config.seed), train_state.step)
 
     def global_loss(params, picked):
@@ -126,7 +128,7 @@ def train_step(
         inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
         towers = program.model.apply({"params": params}, inputs, batch, dropout_key)
         scores = score(program, towers, batch)
-        return scores.loss_sum / jnp.maximum(num_queries, 1.0), scores
+        return scores.loss_sum / total_weight, scores
 
     (_, scores), (param_grads, row_grads) = jax.value_and_grad(
         global_loss, argnums=(0, 1), has_aux=True
@@ -159,8 +161,10 @@ def train_step(
         opt_state=opt_state,
         tables={**train_state.tables, **tables},
     )
-    metrics = _metrics(program, scores, batch, num_not_finite=num_not_finite)
-    return new_state, jax.lax.psum(metrics, axes)
+    metrics = _metrics(
+        program, scores, batch, total_weight=total_weight, num_not_finite=num_not_finite
+    )
+    return new_state, metrics
 
 
 def eval_step(
@@ -175,8 +179,14 @@ def eval_step(
     inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
     towers = program.model.apply({"params": train_state.params}, inputs, batch)
     scores = score(program, towers, batch)
-    metrics = _metrics(program, scores, batch, num_not_finite=jnp.float32(0))
-    return jax.lax.psum(metrics, partition.AXES), towers.user
+    metrics = _metrics(
+        program,
+        scores,
+        batch,
+        total_weight=_total_weight(program, batch),
+        num_not_finite=jnp.float32(0),
+    )
+    return metrics, towers.user
 
 
 def item_step(
@@ -213,6 +223,12 @@ def score(
         negative_log_q=batch.negative_log_q,
         temperature=program.config.model.temperature,
         log_q_correction=program.config.loss.log_q_correction,
+        query_weight=_query_weight(program, batch),
+        hard=sampled_softmax.HardNegatives(
+            vectors=towers.hard_negative,
+            mask=batch.hard_negative_mask,
+            log_q=batch.hard_negative_log_q,
+        ),
     )
 
 
@@ -235,15 +251,33 @@ def fetch(
     return unique, picked
 
 
-def _metrics(program, scores, batch, *, num_not_finite) -> StepMetrics:
+def _query_weight(program, batch) -> Float[Array, "G Q"] | None:
+    """The weight of each query's user, or None where none are configured."""
+    if not program.config.data.sample_weight_fields:
+        return None
+    return jnp.take_along_axis(batch.sample_weight, batch.positive_user, axis=1)
+
+
+def _total_weight(program, batch) -> Float[Array, ""]:
+    """What the loss sum of the whole mesh is divided by; 1 where there is nothing to divide."""
+    weight = _query_weight(program, batch)
+    if weight is None:
+        weight = jnp.ones_like(batch.query_mask, dtype=jnp.float32)
+    total = jax.lax.psum(jnp.sum(jnp.where(batch.query_mask, weight, 0)), partition.AXES)
+    return jnp.where(total > 0, total, 1.0)
+
+
+def _metrics(program, scores, batch, *, total_weight, num_not_finite) -> StepMetrics:
     hits, num_queries = ranking.sampled_hits(
         positive_scores=scores.positive_scores,
-        negative_scores=scores.negative_scores,
+        negative_scores=jnp.concatenate(
+            [scores.negative_scores, scores.hard_negative_scores], axis=-1
+        ),
         positive_user=batch.positive_user,
         query_mask=batch.query_mask,
         cutoffs=program.config.metrics.recall_at_k,
     )
-    return StepMetrics(
+    sums = StepMetrics(
         loss_sum=scores.loss_sum,
         num_queries=num_queries,
         num_users=jnp.sum(batch.user_mask, dtype=jnp.float32),
@@ -251,3 +285,7 @@ def _metrics(program, scores, batch, *, num_not_finite) -> StepMetrics:
         recall_hits=hits,
         num_not_finite=num_not_finite,
     )
+    sums = jax.lax.psum(sums, partition.AXES)
+    if not program.config.data.sample_weight_fields:
+        return sums
+    return dataclasses.replace(sums, loss_sum=sums.loss_sum * sums.num_queries / total_weight)
