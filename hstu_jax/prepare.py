@@ -1,13 +1,23 @@
-"""Command line that makes an event store: `python -m hstu_jax.prepare sample|kuairand ...`.
+"""Command line that makes an event store, or a hard-edge table from one.
 
-Here: flags to options to one call. The work is in `data/sample.py` and `data/kuairand.py`. jax is
-not imported, so the command starts at once.
+    python -m hstu_jax.prepare sample|kuairand|hard_negatives ...
+
+Here: flags to options to one call. The work is in `data/sample.py`, `data/kuairand.py` and
+`data/hard_edges.py`. jax is not imported, so the command starts at once.
 """
 
 import argparse
 from collections.abc import Sequence
 
-from hstu_jax.data import kuairand, sample, sample_world, summary, windowing
+from hstu_jax.data import (
+    event_store,
+    hard_edges,
+    kuairand,
+    sample,
+    sample_world,
+    summary,
+    windowing,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from_seed.add_argument("--out_dir", default=sample.DEFAULT_DIR, help="folder to make")
     _add_common_flags(from_raw, windowing.WindowOptions())
     from_raw.add_argument("--out_dir", required=True, help="folder to make")
+    _add_hard_negatives(commands)
     flags = parser.parse_args(argv)
+    if flags.command == "hard_negatives":
+        _hard_negatives(flags)
+        return
     try:
         windows = windowing.WindowOptions(
             mode=flags.window_mode,
@@ -60,6 +74,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         raise SystemExit(f"error: {error}") from error
     print(summary.describe(store))
+
+
+def _add_hard_negatives(commands) -> None:
+    help_text = "files of a HardNegativeSampler, from the training events of an event store"
+    command = commands.add_parser("hard_negatives", help=help_text)
+    defaults = hard_edges.HardEdgeOptions()
+    command.add_argument("--store", required=True, help="folder of the event store")
+    command.add_argument("--out_dir", help=f"folder to make; default STORE/{hard_edges.FOLDER}")
+    command.add_argument("--kind", choices=hard_edges.EDGE_KINDS, default=defaults.kind)
+    command.add_argument("--max_per_user", type=int, default=defaults.max_per_user)
+    command.add_argument("--item_weight_exponent", type=float, default=0.0)
+    command.add_argument("--overwrite", action="store_true", help="replace files there")
+
+
+def _hard_negatives(flags: argparse.Namespace) -> None:
+    try:
+        options = hard_edges.HardEdgeOptions(
+            kind=flags.kind,
+            max_per_user=flags.max_per_user,
+            item_weight_exponent=flags.item_weight_exponent,
+        )
+        files = hard_edges.write_hard_edges(
+            event_store.open_store(flags.store),
+            flags.out_dir,
+            options=options,
+            overwrite=flags.overwrite,
+        )
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(files.describe())
 
 
 def _add_common_flags(command: argparse.ArgumentParser, rules: windowing.WindowOptions) -> None:

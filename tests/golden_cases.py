@@ -135,11 +135,6 @@ NOT_YET_SUPPORTED: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
             c.args.get("sequence_timestamp_is_ascending") is False or c.args.get("asc") == "false"
         ),
     ),
-    (
-        "hard negatives",
-        "the hard samplers are a later issue",
-        lambda c: c.args.get("num_hard_neg", 0) > 0 or "in.hard_neg_indices" in c.arrays,
-    ),
 )
 
 

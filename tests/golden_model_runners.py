@@ -1,7 +1,7 @@
-"""Replays recorded cases of the whole encoder, the whole model and scoring.
+"""Replays recorded cases of the whole encoder and the whole model.
 
-Small operations and the comparisons are in `golden_runners.py`, training in
-`golden_training_runners.py`.
+Small operations and the comparisons are in `golden_runners.py`, scoring in `golden_scoring.py`,
+trainings in `golden_training_runners.py`.
 """
 
 import re
@@ -11,18 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hstu_jax.config import model_schema, schema
-from hstu_jax.losses import sampled_softmax
-from hstu_jax.metrics import ranking
 from hstu_jax.model import encoder, match, reference_weights
 from hstu_jax.model import lookups as model_lookups
-from tests import golden_cases, golden_runners
+from tests import golden_cases, golden_runners, golden_scoring
 from tests.model import batches
 
 # From the recorder's notes: (forward atol, rtol), (gradient atol, rtol).
 _E = (2e-5, 1e-5), (2e-4, 1e-3)
-_SIMILARITY = (1e-4, 1e-5)
-_LOSS = (1e-6, 1e-5)
-_F_GRADIENT = (1e-3, 1e-3)
 
 
 def hstu_config(args: dict) -> model_schema.HstuConfig:
@@ -194,7 +189,7 @@ def _single_value(value):
     return _single(value) if isinstance(value, dict) else value
 
 
-def _model_config(text):
+def model_config(text):
     """`ModelConfig` from the recorded text configuration."""
     raw = _single(parse_text(text)["hstu_match"][0])
     user = raw["user_tower"]
@@ -217,7 +212,7 @@ def _model_config(text):
 
 def run_match(case: golden_cases.Case) -> None:
     """Family F: `HSTUMatch`, from ids to loss, recall and every gradient, tables included."""
-    config = _model_config(case.args["config"])
+    config = model_config(case.args["config"])
     contextual = ("user_id", "ctx_a", "ctx_b")
     weights = case.group("w")
     tables = {
@@ -247,7 +242,8 @@ def run_match(case: golden_cases.Case) -> None:
         num_negatives=num_negatives,
     )
     batch = jax.tree.map(jnp.asarray, batch)
-    positive_user = jnp.asarray(np.repeat(np.arange(len(pos_lengths)), pos_lengths))[None]
+    positive_user = np.repeat(np.arange(len(pos_lengths)), pos_lengths)
+    hard = golden_scoring.hard_slots(case.arrays.get("in.hard_neg_indices"), num_queries)
     ids = {name: case[f"in.{name}"] for name in ("uih_video_id", "cand_video_id", *contextual)}
     weight = case.arrays.get("in.sample_weight")
 
@@ -259,85 +255,38 @@ def run_match(case: golden_cases.Case) -> None:
             history=_history_grid(placement, history_tokens, video[ids["uih_video_id"]]),
             contextual=jnp.stack(user_tokens, axis=1)[None],
             positive=candidates[:, :num_queries],
-            negative=candidates[:, num_queries:],
+            negative=candidates[:, num_queries : num_queries + num_negatives],
+            hard_negative=jnp.zeros((1, len(pos_lengths), 0, candidates.shape[-1])),
         )
         vectors = model.apply({"params": params}, lookups, batch)
-        scores = sampled_softmax.sampled_softmax(
-            user=vectors.user,
-            positive=vectors.positive,
-            negative=vectors.negative,
+        items = [vectors.positive[0], vectors.negative[0]]
+        hard_items = candidates[0, num_queries + num_negatives :]
+        items.append(model.apply({"params": params}, hard_items, method="item"))
+        scores = golden_scoring.score(
+            vectors.user[0],
+            *items,
             positive_user=positive_user,
-            query_mask=batch.query_mask,
-            positive_log_q=batch.positive_log_q,
-            negative_log_q=batch.negative_log_q,
+            hard=hard,
             temperature=config.temperature,
-            log_q_correction=False,
-            query_weight=None if weight is None else jnp.asarray(weight)[None],
+            user_weight=weight,
         )
-        return scores.loss_sum / scores.count, (vectors, scores)
+        return scores.loss_sum / scores.count, (vectors.user[0], items, scores)
 
     step = jax.jit(jax.value_and_grad(fn, argnums=(0, 1), has_aux=True))
-    (loss, (vectors, scores)), grads = step(params, tables)
-    golden_runners.close(vectors.user[0], case["out.user_emb"], _E[0], "user_emb")
-    items = np.concatenate([vectors.positive[0], vectors.negative[0]])
-    golden_runners.close(items, case["out.item_emb"], _E[0], "item_emb")
-    _check_scores(case, scores, positive_user[0], loss, metric="metric.recall@")
+    (loss, (user, items, scores)), grads = step(params, tables)
+    golden_runners.close(user, case["out.user_emb"], _E[0], "user_emb")
+    golden_runners.close(np.concatenate(items), case["out.item_emb"], _E[0], "item_emb")
+    golden_scoring.check_scores(
+        case, scores, loss, positive_user=positive_user, hard=hard, metric="metric.recall@"
+    )
     _check_table_grads(case, grads[1])
     named = reference_weights.from_params(grads[0])
     recorded = {n: v for n, v in case.group("grad_w").items() if "embedding_group" not in n}
-    golden_runners.check_weight_grads(recorded, named, _F_GRADIENT)
+    golden_runners.check_weight_grads(recorded, named, golden_scoring.GRADIENT)
 
 
 def _check_table_grads(case, grads):
     recorded = reference_weights.embedding_tables(case.group("grad_w"))
     assert set(recorded) == set(grads)
     for name, value in recorded.items():
-        golden_runners.close(grads[name], value, _F_GRADIENT, f"grad of table {name}")
-
-
-def _check_scores(case, scores, positive_user, loss, *, metric):
-    """Similarity matrix, loss and recall."""
-    negatives = np.asarray(scores.negative_scores[0])[np.asarray(positive_user)]
-    similarity = np.concatenate([np.asarray(scores.positive_scores[0])[:, None], negatives], axis=1)
-    golden_runners.close(similarity, case["out.similarity"], _SIMILARITY, "similarity")
-    golden_runners.close(loss, case["out.loss"], _LOSS, "loss")
-    cutoffs = (1, 5)
-    hits, num_queries = ranking.sampled_hits(
-        positive_scores=scores.positive_scores,
-        negative_scores=scores.negative_scores,
-        positive_user=positive_user[None],
-        query_mask=jnp.ones((1, len(positive_user)), bool),
-        cutoffs=cutoffs,
-    )
-    for cutoff, count in zip(cutoffs, hits, strict=True):
-        name = f"out.{metric}{cutoff}"
-        golden_runners.close(count / num_queries, case[name], (1e-7, 1e-6), name)
-
-
-def run_scores(case: golden_cases.Case) -> None:
-    """Family F: `sim_with_sampler`."""
-    pos_lengths = case["in.pos_lengths"]
-    num_queries = int(pos_lengths.sum())
-    positive_user = jnp.asarray(np.repeat(np.arange(len(pos_lengths)), pos_lengths))
-    zeros = jnp.zeros((1, num_queries))
-
-    def fn(user, items):
-        scores = sampled_softmax.sampled_softmax(
-            user=user[None],
-            positive=items[None, :num_queries],
-            negative=items[None, num_queries:],
-            positive_user=positive_user[None],
-            query_mask=zeros == 0,
-            positive_log_q=zeros,
-            negative_log_q=jnp.zeros((1, items.shape[0] - num_queries)),
-            temperature=case.args["temperature"],
-            log_q_correction=False,
-        )
-        return scores.loss_sum / scores.count, scores
-
-    user, items = jnp.asarray(case["in.user_emb"]), jnp.asarray(case["in.item_emb"])
-    step = jax.jit(jax.value_and_grad(fn, argnums=(0, 1), has_aux=True))
-    (loss, scores), grads = step(user, items)
-    _check_scores(case, scores, positive_user, loss, metric="recall_at_")
-    golden_runners.close(grads[0], case["grad_in.user_emb"], _F_GRADIENT, "grad_in.user_emb")
-    golden_runners.close(grads[1], case["grad_in.item_emb"], _F_GRADIENT, "grad_in.item_emb")
+        golden_runners.close(grads[name], value, golden_scoring.GRADIENT, f"grad of table {name}")

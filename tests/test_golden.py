@@ -20,7 +20,9 @@ from pallas_kernels.hstu_attention import api as attention
 from tests import (
     golden_cases,
     golden_model_runners,
+    golden_optimizer_runners,
     golden_runners,
+    golden_scoring,
     golden_training_runners,
 )
 
@@ -42,9 +44,9 @@ RUNNERS = {
     "input_preprocessor": golden_runners.run_preprocessor,
     "HSTUMatchEncoder": golden_model_runners.run_encoder,
     "HSTUMatch": golden_model_runners.run_match,
-    "sim_with_sampler": golden_model_runners.run_scores,
-    "fbgemm EXACT_ROWWISE_ADAGRAD": golden_training_runners.run_rowwise_adagrad,
-    "lr_scheduler": golden_training_runners.run_lr_schedules,
+    "sim_with_sampler": golden_scoring.run_scores,
+    "fbgemm EXACT_ROWWISE_ADAGRAD": golden_optimizer_runners.run_rowwise_adagrad,
+    "lr_scheduler": golden_optimizer_runners.run_lr_schedules,
     "HSTUMatch train steps": golden_training_runners.run_training,
 }
 

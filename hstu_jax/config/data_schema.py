@@ -8,45 +8,9 @@ import dataclasses
 from typing import Literal
 
 from hstu_jax.config.checks import require
+from hstu_jax.config.sampler_schema import NegativeSamplerConfig
 
 Ablation = Literal["none", "no_actions", "no_time", "shuffled_order", "shuffled_targets"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NegativeSamplerConfig:
-    """Negatives drawn by item weight, with replacement, shared by one group's queries.
-
-    Weights come from the item table file `input_path` where it is set, else they are the item's
-    number of training events to the power `weight_exponent` (0 = uniform over the items that have
-    at least one).
-    """
-
-    num_sample: int = 128
-    num_eval_sample: int = 0  # 0 = num_sample
-    input_path: str = ""
-    weight_exponent: float = 0.0
-
-    def __post_init__(self):
-        require(self.num_sample > 0, "num_sample", self.num_sample, "must be positive")
-        require(
-            self.num_eval_sample >= 0,
-            "num_eval_sample",
-            self.num_eval_sample,
-            "must not be negative",
-        )
-        require(
-            not self.input_path or self.weight_exponent == 0,
-            "weight_exponent",
-            self.weight_exponent,
-            f"is not read: the weights come from input_path={self.input_path!r}",
-            "leave one of the two unset",
-        )
-        require(
-            self.weight_exponent >= 0,
-            "weight_exponent",
-            self.weight_exponent,
-            "must not be negative",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +31,9 @@ class DataConfig:
     # Takes one kind of input away, to measure what it is worth (`hstu_jax/features/ablation.py`).
     ablation: Ablation = "none"
     negative_sampler: NegativeSamplerConfig = NegativeSamplerConfig()
+    # At most one column of windows.arrow or users.parquet: weight of the losses of a window's
+    # queries. Metrics stay unweighted.
+    sample_weight_fields: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("batch_size", "num_groups", "block_len", "num_prefetch"):
@@ -99,4 +66,11 @@ class DataConfig:
             "row_lens",
             self.row_lens,
             "must be ascending and without repeats",
+        )
+        require(
+            len(self.sample_weight_fields) <= 1,
+            "sample_weight_fields",
+            self.sample_weight_fields,
+            "holds more than one name, and one loss has one weight (the reference reads the first)",
+            "leave the one that is to be used",
         )

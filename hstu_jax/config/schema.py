@@ -128,6 +128,7 @@ class Config:
         _check_tables(self)
         _check_widths(self)
         _check_rows(self)
+        _check_sampler(self)
         _check_aligned(self)
         _check_train_metrics(self)
         _check_keep_best(self)
@@ -255,6 +256,30 @@ def _check_rows(config: Config) -> None:
         data.tokens_per_group,
         "must hold at least one user with the longest history",
         f"use {longest} or more, or 0 to have it chosen",
+    )
+
+
+def _check_sampler(config: Config) -> None:
+    sampler = config.data.negative_sampler
+    if not sampler.attr_fields:
+        return
+    candidate = config.feature_groups["candidate"]
+    where = "data.negative_sampler"
+    require(
+        sampler.item_id_field in candidate,
+        f"{where}.item_id_field",
+        sampler.item_id_field,
+        "is no feature of the group candidate",
+        f"choose one of {', '.join(candidate)}",
+    )
+    # Names in attr_fields are without the sequence's prefix, as in the reference.
+    missing = [name for name in candidate if name.split("__")[-1] not in sampler.attr_fields]
+    require(
+        not missing,
+        f"{where}.attr_fields",
+        sampler.attr_fields,
+        f"lacks the candidate features {', '.join(missing)}",
+        "name every candidate feature, without its sequence's prefix",
     )
 
 

@@ -28,6 +28,7 @@ class BatchShape:
         users: U, user slots of a group.
         queries: Q, positives of a group, at most.
         negatives: M, sampled negatives of a group.
+        hard_negatives: Hn, hard negatives of a user, at most; 0 without a hard sampler.
         block_len: tokens in a block of the attention schedule.
     """
 
@@ -38,6 +39,7 @@ class BatchShape:
     queries: int
     negatives: int
     block_len: int
+    hard_negatives: int = 0
 
     @property
     def block_pairs(self) -> int:
@@ -68,12 +70,17 @@ class Batch:
         contextual: id feature -> the user's id.
         user_index: number of the user in the global batch, independent of packing; keys dropout.
         user_mask: user slots in use (a user may have an empty segment).
+        sample_weight: weight of the losses of each user's queries, at least 0; 1 where no weights
+            are configured.
         positive: id feature -> ids of the positives.
         positive_user: user slot of each query.
         query_mask: queries in use.
         positive_log_q: log sampling probability of the positive under the negative sampler.
         negative: id feature -> ids of the negatives that the group's queries share.
         negative_log_q: log sampling probability of each negative.
+        hard_negative: id feature -> ids of each user's own negatives, shared by the user's queries.
+        hard_negative_mask: hard negatives that are there; the first slots of a user.
+        hard_negative_log_q: log probability with which the negative sampler draws the item.
         block_len: tokens in a block of the schedule (static).
     """
 
@@ -88,12 +95,16 @@ class Batch:
     contextual: dict[str, Int[AnyArray, "G U"]]
     user_index: Int[AnyArray, "G U"]
     user_mask: Bool[AnyArray, "G U"]
+    sample_weight: Float[AnyArray, "G U"]
     positive: dict[str, Int[AnyArray, "G Q"]]
     positive_user: Int[AnyArray, "G Q"]
     query_mask: Bool[AnyArray, "G Q"]
     positive_log_q: Float[AnyArray, "G Q"]
     negative: dict[str, Int[AnyArray, "G M"]]
     negative_log_q: Float[AnyArray, "G M"]
+    hard_negative: dict[str, Int[AnyArray, "G U Hn"]]
+    hard_negative_mask: Bool[AnyArray, "G U Hn"]
+    hard_negative_log_q: Float[AnyArray, "G U Hn"]
     block_len: int
 
     def sequence_layout(self) -> attention_layout.SequenceLayout:

@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from hstu_jax.data import event_store
 from hstu_jax.features.batch import Batch, BatchShape
 from hstu_jax.features.columns import BatchColumns
+from hstu_jax.features.hard_negatives import HardNegativeSampler
 from hstu_jax.features.negatives import NegativeSampler
 from hstu_jax.features.windows import GroupPlan
 from pallas_kernels.hstu_attention import layout as attention_layout
@@ -30,6 +31,8 @@ class BatchSource:
         num_contextual: C, contextual slots in front of every history.
         max_seq_len: history items kept, the newest.
         rule: the attention mask, for the block schedule.
+        hard_sampler: hard negatives of users; None = there are none.
+        sample_weight: weight of each window; None = all alike.
     """
 
     store: event_store.EventStore
@@ -38,6 +41,8 @@ class BatchSource:
     num_contextual: int
     max_seq_len: int
     rule: attention_layout.MaskRule
+    hard_sampler: HardNegativeSampler | None = None
+    sample_weight: Float[np.ndarray, "windows"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,7 @@ def build_batch(
     source: BatchSource,
     shape: BatchShape,
     group_rng: Callable[[int], np.random.Generator],
+    hard_rng: Callable[[int], np.random.Generator] | None = None,
 ) -> tuple[Batch, Int[np.ndarray, "G U"]]:
     """Makes a global batch of group plans; a pure function of its arguments.
 
@@ -69,6 +75,7 @@ def build_batch(
         source: data and rules.
         shape: sizes of the batch; every plan must fit.
         group_rng: generator for the negatives of a group.
+        hard_rng: generator for a group's choice of hard negatives, needed where that is random.
 
     Returns:
         The batch, and the window number of every user slot (-1 = unused).
@@ -87,6 +94,11 @@ def build_batch(
     positives, positive_arrays = _positive_arrays(segments, source, shape)
     batch_arrays |= positive_arrays
     batch_arrays |= _negative_arrays(positives, source, shape, group_rng)
+    batch_arrays |= _hard_negative_arrays(segments, source, shape, hard_rng)
+    weight = 1.0 if source.sample_weight is None else source.sample_weight[window]
+    batch_arrays["sample_weight"] = _scatter(
+        shape.groups, shape.users, np.float32, segments.slot, weight
+    )
     window_index = np.full(shape.groups * shape.users, -1, dtype=np.int64)
     window_index[segments.slot] = window
     batch = Batch(**batch_arrays, block_len=shape.block_len)
@@ -212,6 +224,47 @@ def _negative_arrays(
         "negative": {name: drawn.copy() for name in source.columns.candidate},
         "negative_log_q": log_q,
     }
+
+
+def _hard_negative_arrays(
+    segments: _Segments,
+    source: BatchSource,
+    shape: BatchShape,
+    hard_rng: Callable[[int], np.random.Generator] | None,
+) -> dict:
+    size = (shape.groups * shape.users, shape.hard_negatives)
+    item, mask = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=bool)
+    sampler = source.hard_sampler
+    if sampler is not None:
+        salt = np.zeros(shape.groups, dtype=np.int64)
+        if sampler.is_random:
+            assert hard_rng is not None, "a random choice needs its generators"
+            salt = np.array([hard_rng(g).integers(2**63 - 1) for g in range(shape.groups)])
+        positive_row, positive_item = positives_of(source.store, segments.window)
+        drawn = sampler.draw(
+            source.store.windows.user_index[segments.window].astype(np.int64),
+            salt=salt[segments.group],
+            positive_row=positive_row,
+            positive_item=positive_item,
+        )
+        item[segments.slot], mask[segments.slot] = drawn.item_index, drawn.mask
+    shaped = (shape.groups, shape.users, shape.hard_negatives)
+    log_q = np.where(mask, source.sampler.log_q(item.reshape(-1)).reshape(size), 0)
+    return {
+        "hard_negative": {name: item.reshape(shaped).copy() for name in source.columns.candidate},
+        "hard_negative_mask": mask.reshape(shaped),
+        "hard_negative_log_q": log_q.astype(np.float32).reshape(shaped),
+    }
+
+
+def positives_of(
+    store: event_store.EventStore, window: Int[np.ndarray, "n"]
+) -> tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]:
+    """(place in `window`, item_index) of every positive of the given windows."""
+    first = store.windows.positive_offsets[window]
+    counts = store.windows.positive_offsets[window + 1] - first
+    events = store.windows.positive_events[_ranges(first, counts)]
+    return np.repeat(np.arange(len(window)), counts), store.events.item_index[events]
 
 
 def _history_lengths(segments: _Segments, source: BatchSource) -> np.ndarray:

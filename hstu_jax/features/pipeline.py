@@ -13,17 +13,18 @@ from typing import Literal
 
 import numpy as np
 
-from hstu_jax.config import data_schema as config_schema
-from hstu_jax.config import schema
-from hstu_jax.data import event_store
+from hstu_jax.config import sampler_schema, schema
+from hstu_jax.data import event_store, sample_weights
 from hstu_jax.data import schema as data_schema
 from hstu_jax.features import (
     ablation,
     columns,
+    hard_negatives,
     item_weights,
     negatives,
     packing,
     random_streams,
+    sampler_inputs,
     shapes,
     windows,
 )
@@ -74,7 +75,7 @@ class Pipeline:
     Raises:
         ValueError: a feature has no column, ids do not fit their table, the split has no window,
             a window has more positives than a group may have, or sampler weights are wrong.
-        FileNotFoundError: `negative_sampler.input_path` names no file.
+        FileNotFoundError: a path of `negative_sampler` names no file.
     """
 
     def __init__(
@@ -92,18 +93,24 @@ class Pipeline:
             store, split=split, num_contextual=config.num_contextual, max_seq_len=max_seq_len
         )
         self._shapes = _shapes_of(config, store, is_evaluation=order == "stored")
+        sampler, hard_sampler = _build_samplers(config.data.negative_sampler, store)
+        weight_fields = config.data.sample_weight_fields
         self.source = packing.BatchSource(
             store=store,
             columns=columns.resolve_columns(
                 features=config.features, feature_groups=config.feature_groups, store=store
             ),
-            sampler=_build_sampler(config.data.negative_sampler, store),
+            sampler=sampler,
             num_contextual=config.num_contextual,
             max_seq_len=max_seq_len,
             rule=attention_layout.MaskRule(
                 contextual_len=config.num_contextual,
                 max_attn_len=config.model.user_tower.hstu.stu.max_attn_len,
             ),
+            hard_sampler=hard_sampler,
+            sample_weight=sample_weights.read_sample_weights(store, weight_fields[0])
+            if weight_fields
+            else None,
         )
         self._schedule = windows.Schedule(
             self._windows,
@@ -144,6 +151,19 @@ class Pipeline:
             empty_histories=int(np.count_nonzero(split.lengths == self._config.num_contextual)),
         )
 
+    def hard_negatives_summary(self) -> str:
+        """One line about the hard-edge table and this split's windows; "" without a table."""
+        sampler = self.source.hard_sampler
+        if sampler is None:
+            return ""
+        chosen = self._windows.windows
+        positive_row, positive_item = packing.positives_of(self._store, chosen)
+        return sampler.summary(
+            self._store.windows.user_index[chosen].astype(np.int64),
+            positive_row=positive_row,
+            positive_item=positive_item,
+        )
+
     def batch_at(self, step: int) -> HostBatch:
         """The batch of a step, from 0; safe to call from several threads.
 
@@ -158,14 +178,19 @@ class Pipeline:
         shape = self._shapes[plan.shape_index[index]]
         if self._order == "shuffled":
             seed, stream, major = self._config.seed, random_streams.Stream.NEGATIVES, step
+            hard_stream = random_streams.Stream.HARD_NEGATIVES
         else:
             seed, stream, major = 0, random_streams.Stream.EVAL_NEGATIVES, index
+            hard_stream = random_streams.Stream.EVAL_HARD_NEGATIVES
         batch, window_index = packing.build_batch(
             plan.groups(index),
             source=self.source,
             shape=shape,
             group_rng=lambda group: random_streams.generator(
                 seed=seed, stream=stream, major=major, minor=group
+            ),
+            hard_rng=lambda group: random_streams.generator(
+                seed=seed, stream=hard_stream, major=major, minor=group
             ),
         )
         batch = ablation.apply(
@@ -250,11 +275,33 @@ def _shapes_of(
         mean_history_len=float(used[is_train if is_train.any() else slice(None)].mean()),
         max_positives=int(np.diff(store.windows.positive_offsets).max()),
         num_negatives=(is_evaluation and sampler.num_eval_sample) or sampler.num_sample,
+        num_hard_negatives=sampler.num_hard_sample,
+    )
+
+
+def _build_samplers(
+    config: sampler_schema.NegativeSamplerConfig, store: event_store.EventStore
+) -> tuple[negatives.NegativeSampler, hard_negatives.HardNegativeSampler | None]:
+    if config.kind == "NegativeSampler":
+        return _build_sampler(config, store), None
+    if config.item_input_path:
+        items = sampler_inputs.read_item_table(config, store)
+        sampler = negatives.NegativeSampler(items.weight, origin=config.item_input_path)
+    else:
+        items, sampler = None, _build_sampler(config, store)
+    edges = sampler_inputs.read_hard_edges(
+        config, store, is_listed_item=None if items is None else items.is_listed
+    )
+    return sampler, hard_negatives.HardNegativeSampler(
+        edges,
+        num_sample=config.num_hard_sample,
+        strategy=config.hard_sample_strategy,
+        exclude_positives=config.exclude_positives,
     )
 
 
 def _build_sampler(
-    config: config_schema.NegativeSamplerConfig, store: event_store.EventStore
+    config: sampler_schema.NegativeSamplerConfig, store: event_store.EventStore
 ) -> negatives.NegativeSampler:
     if config.input_path:
         path = pathlib.Path(config.input_path)

@@ -20,6 +20,8 @@ class Stream(enum.IntEnum):
     NEGATIVES = 3
     EVAL_NEGATIVES = 4
     ABLATION = 5
+    HARD_NEGATIVES = 6
+    EVAL_HARD_NEGATIVES = 7
 
 
 def generator(*, seed: int, stream: Stream, major: int, minor: int = 0) -> np.random.Generator:

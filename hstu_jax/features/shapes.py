@@ -22,6 +22,7 @@ def batch_shapes(
     mean_history_len: float,
     max_positives: int,
     num_negatives: int,
+    num_hard_negatives: int = 0,
 ) -> tuple[BatchShape, ...]:
     """Every shape of a run, by ascending row length; packed batches have exactly one.
 
@@ -37,6 +38,7 @@ def batch_shapes(
             packed token budget when `data.tokens_per_group` is 0.
         max_positives: positives of the fullest window.
         num_negatives: M, negatives of a group.
+        num_hard_negatives: Hn, hard negatives of a user; 0 without a hard sampler.
 
     Raises:
         ValueError: the positives of a window do not fit `data.queries_per_group`.
@@ -63,6 +65,7 @@ def batch_shapes(
             users=users,
             queries=queries,
             negatives=num_negatives,
+            hard_negatives=num_hard_negatives,
             block_len=min(data.block_len, row_len),
         )
         for rows, row_len in sizes

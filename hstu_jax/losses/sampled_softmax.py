@@ -1,8 +1,9 @@
-"""Sampled softmax of positives against negatives that a group of users shares.
+"""Sampled softmax of positives against shared negatives and every user's own hard negatives.
 
 Only scores, masks and the loss; which negatives are drawn is the pipeline's, ranking metrics are in
-`hstu_jax.metrics.ranking`. Users are scored once against the negatives, `[G, U, M]`; the matrix of
-queries by negatives is never made. The sums over devices and the division are the training step's.
+`hstu_jax.metrics.ranking`. Users are scored once against the negatives, `[G, U, M]` and
+`[G, U, Hn]`; the matrix of queries by negatives is never made. The sums over devices and the
+division are the training step's.
 """
 
 import dataclasses
@@ -11,6 +12,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HardNegatives:
+    """Every user's own negatives, shared by the user's queries. Fields are `Any`, as below.
+
+    Attributes:
+        vectors: [G, U, Hn, E] item vectors; anything where masked.
+        mask: [G, U, Hn] the ones that are there.
+        log_q: [G, U, Hn] log of the probability with which the sampler draws the item; anything
+            where masked.
+    """
+
+    vectors: Any
+    mask: Any
+    log_q: Any
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +42,15 @@ class SampledSoftmax:
         positive_scores: [G, Q] <user, positive> / temperature, no correction; 0 in masked queries.
         negative_scores: [G, U, M] <user, negative> / temperature, no correction; 0 for users
             without a query.
+        hard_negative_scores: [G, U, Hn] <user, hard negative> / temperature, no correction; minus
+            infinity where there is none, so that it ranks before nothing.
     """
 
     loss_sum: Any
     count: Any
     positive_scores: Any
     negative_scores: Any
+    hard_negative_scores: Any
 
 
 def sampled_softmax(
@@ -44,19 +65,25 @@ def sampled_softmax(
     temperature: float,
     log_q_correction: bool,
     query_weight: Float[Array, "G Q"] | None = None,
+    hard: HardNegatives | None = None,
 ) -> SampledSoftmax:
     """Loss sum, query count and scores of sampled softmax with the positive as the right class.
 
     score = <user, item> / temperature, z = score - log q (or score, without the correction);
-    loss[q] = log(exp(z_pos[q]) + sum_m exp(z_neg[user of q, m])) - z_pos[q].
+    loss[q] = log(exp(z_pos[q]) + sum_m exp(z_neg[user of q, m])
+                  + sum_n exp(z_hard[user of q, n])) - z_pos[q],
+    the last sum over the hard negatives that the user has.
     The mean over all devices is psum(loss_sum) / psum(count). The positive is corrected as well, so
-    that equal log q everywhere changes nothing.
+    that equal log q everywhere changes nothing. A hard negative is not drawn from q, but it is
+    corrected like the same item among the drawn ones: left alone it would stand lower than all
+    others by -log q, about log(number of items), and would teach nothing.
 
     Args:
         user: user vectors, normalised by the caller if the similarity is cosine; unused slots and
             users without a query may hold anything.
         positive: item vectors of the positives; masked slots may hold anything.
-        negative: item vectors of the negatives, shared by the group; M may be 0 (loss 0).
+        negative: item vectors of the negatives, shared by the group; M may be 0. A user without a
+            negative of either kind has loss 0.
         positive_user: user slot of each query, 0..U-1; anything in range where masked.
         query_mask: queries in use.
         positive_log_q: log of the probability with which the sampler draws the positive.
@@ -64,6 +91,7 @@ def sampled_softmax(
         temperature: above 0.
         log_q_correction: subtract log q.
         query_weight: weight of each query's loss, at least 0; None weighs all alike.
+        hard: hard negatives; None = there are none.
 
     Returns:
         `SampledSoftmax`. With no query in use both sums are 0 and gradients are zero, not NaN.
@@ -72,7 +100,8 @@ def sampled_softmax(
         ValueError: temperature not above 0.
 
     Source: TorchEasyRec 1.3.16, tzrec/models/match_model.py and hstu.py. There each query repeats
-    its user's scores; sample weights are per user row and fit only one query a row.
+    its user's scores and its own list of hard negatives, absent ones are scored -1e32 /
+    temperature, and sample weights are per user row and fit only one query a row.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0; 0.05 is the seed's value.")
@@ -89,17 +118,20 @@ def sampled_softmax(
     positive_scores = jnp.einsum("gqe,gqe->gq", query, positive, **precise) / temperature
     negative_scores = jnp.einsum("gue,gme->gum", user, negative, **precise) / temperature
 
-    positive_logits, negative_logits = positive_scores, negative_scores
+    if hard is None:
+        hard = _no_hard_negatives(user)
+    hard_vectors = jnp.where((hard.mask & has_query[..., None])[..., None], hard.vectors, 0)
+    hard_scores = jnp.einsum("gue,guhe->guh", user, hard_vectors, **precise) / temperature
+
+    positive_logits, negative_logits, hard_logits = positive_scores, negative_scores, hard_scores
     if log_q_correction:
         positive_logits = positive_logits - jnp.where(query_mask, positive_log_q, 0)
         negative_logits = negative_logits - negative_log_q[:, None, :]
-    if negative.shape[1] == 0:
-        loss = jnp.zeros_like(positive_logits)
-    else:
-        others = jax.nn.logsumexp(negative_logits, axis=-1)  # [G, U]
-        others = jnp.take_along_axis(others, positive_user, axis=1)
-        # log(exp(p) + exp(o)) - p, without the cancellation of a large p.
-        loss = jax.nn.softplus(others - positive_logits)
+        hard_logits = hard_logits - jnp.where(hard.mask, hard.log_q, 0)
+    others = _log_sum_of_negatives(negative_logits, hard_logits, hard.mask)  # [G, U]
+    others = jnp.take_along_axis(others, positive_user, axis=1)
+    # log(exp(p) + exp(o)) - p, without the cancellation of a large p.
+    loss = jax.nn.softplus(others - positive_logits)
     weight = query_mask.astype(jnp.float32)
     if query_weight is not None:
         weight = jnp.where(query_mask, query_weight, 0).astype(jnp.float32)
@@ -108,4 +140,30 @@ def sampled_softmax(
         count=jnp.sum(weight),
         positive_scores=positive_scores,
         negative_scores=negative_scores,
+        hard_negative_scores=jnp.where(hard.mask, hard_scores, -jnp.inf),
     )
+
+
+def _no_hard_negatives(user: Float[Array, "G U E"]) -> HardNegatives:
+    groups, users, width = user.shape
+    return HardNegatives(
+        vectors=jnp.zeros((groups, users, 0, width), user.dtype),
+        mask=jnp.zeros((groups, users, 0), bool),
+        log_q=jnp.zeros((groups, users, 0)),
+    )
+
+
+def _log_sum_of_negatives(
+    shared: Float[Array, "G U M"], own: Float[Array, "G U Hn"], own_mask: Bool[Array, "G U Hn"]
+) -> Float[Array, "G U"]:
+    """log(sum of exp) over a user's negatives of both kinds; minus infinity if there is none."""
+    if own.shape[-1] == 0 and shared.shape[-1] > 0:
+        return jax.nn.logsumexp(shared, axis=-1)
+    logits = jnp.concatenate([shared, own], axis=-1)
+    mask = jnp.concatenate([jnp.ones(shared.shape, bool), own_mask], axis=-1)
+    # A row without any negative is summed over zeros instead: log(0) has no gradient but NaN.
+    is_some = mask.any(axis=-1)
+    logits = jnp.where(mask, logits, jnp.where(is_some, -jnp.inf, 0)[..., None])
+    if logits.shape[-1] == 0:
+        return jnp.full(is_some.shape, -jnp.inf)
+    return jnp.where(is_some, jax.nn.logsumexp(logits, axis=-1), -jnp.inf)

@@ -71,6 +71,10 @@ def batch_ids(plan: LookupPlan, batch: batch_lib.Batch) -> dict[str, TableIds]:
         (table, batch.negative[name], jnp.ones(batch.negative[name].shape, bool))
         for name, table in plan.candidate
     ]
+    parts += [
+        (table, batch.hard_negative[name], batch.hard_negative_mask)
+        for name, table in plan.candidate
+    ]
     return _by_table(parts)
 
 
@@ -90,7 +94,14 @@ def to_lookups(
     contextual = take.tokens(plan.contextual, batch.user_mask.shape)
     positive = take.group(plan.candidate, batch.query_mask.shape)
     negative = take.group(plan.candidate, batch.negative_log_q.shape)
-    return Lookups(history=history, contextual=contextual, positive=positive, negative=negative)
+    hard_negative = take.group(plan.candidate, batch.hard_negative_mask.shape)
+    return Lookups(
+        history=history,
+        contextual=contextual,
+        positive=positive,
+        negative=negative,
+        hard_negative=hard_negative,
+    )
 
 
 def to_item_inputs(

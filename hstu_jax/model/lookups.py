@@ -23,9 +23,11 @@ class Lookups:
         contextual: [G, U, C, Cf] embeddings of each user's C contextual features.
         positive: [G, Q, Fc] embedding of every positive.
         negative: [G, M, Fc] embedding of every negative.
+        hard_negative: [G, U, Hn, Fc] embedding of every user's own hard negatives.
     """
 
     history: Any
     contextual: Any
     positive: Any
     negative: Any
+    hard_negative: Any

@@ -39,11 +39,14 @@ class Towers:
         user: [G, U, E] per user slot; zeros in unused slots.
         positive: [G, Q, E] per query; finite and meaningless where the query is masked.
         negative: [G, M, E] per negative.
+        hard_negative: [G, U, Hn, E] per hard negative of a user; finite and meaningless where
+            masked.
     """
 
     user: Any
     positive: Any
     negative: Any
+    hard_negative: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,10 +93,12 @@ class HstuMatch(nn.Module):
             dropout_key: key of this training step; None = evaluation.
         """
         query_mask = jnp.asarray(batch.query_mask)[..., None]
+        hard_mask = jnp.asarray(batch.hard_negative_mask)[..., None]
         return Towers(
             user=self.user(lookups.history, lookups.contextual, batch, dropout_key),
             positive=self.item(jnp.where(query_mask, lookups.positive, 0.0)),
             negative=self.item(lookups.negative),
+            hard_negative=self.item(jnp.where(hard_mask, lookups.hard_negative, 0.0)),
         )
 
     def user(
@@ -263,6 +268,7 @@ def _smallest_inputs(widths):
         contextual=jnp.zeros((1, 1, widths.contextual_len, widths.contextual)),
         positive=jnp.zeros((1, 1, widths.candidate)),
         negative=jnp.zeros((1, 1, widths.candidate)),
+        hard_negative=jnp.zeros((1, 1, 0, widths.candidate)),
     )
     slots = jnp.zeros((1, 1, num_slots), dtype=jnp.int32)
     one = jnp.zeros((1, 1), dtype=jnp.int32)
@@ -278,12 +284,16 @@ def _smallest_inputs(widths):
         contextual={},
         user_index=one,
         user_mask=one == 0,
+        sample_weight=one.astype(jnp.float32),
         positive={},
         positive_user=one,
         query_mask=one == 0,
         positive_log_q=one.astype(jnp.float32),
         negative={},
         negative_log_q=one.astype(jnp.float32),
+        hard_negative={},
+        hard_negative_mask=jnp.zeros((1, 1, 0), bool),
+        hard_negative_log_q=jnp.zeros((1, 1, 0)),
         block_len=num_slots,
     )
     return lookups, batch

@@ -168,6 +168,7 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
     device = run.mesh.devices.flat[0]
     epoch = run.pipeline.stats()
     shapes = "; ".join(str(shape) for shape in run.pipeline.shapes)
+    hard = run.pipeline.hard_negatives_summary()
     return "\n".join(
         [
             f"devices   {run.mesh.size} x {device.device_kind} ({device.platform}), "
@@ -181,6 +182,7 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
             f"          an epoch: {epoch.windows:,} windows, {epoch.tokens / epoch.slots:.0%} of "
             f"the slots used; {epoch.truncated_windows:,} windows lost their oldest items "
             f"({epoch.dropped_tokens:,}), {epoch.empty_histories:,} have no history",
+            *([f"          {hard}"] if hard else []),
         ]
     )
 

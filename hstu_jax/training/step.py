@@ -60,7 +60,8 @@ class StepMetrics:
     """Sums of one step over the whole global batch. Fields are `Any`: such trees hold specs too.
 
     Attributes:
-        loss_sum: sum of the queries' losses.
+        loss_sum: sum of the queries' losses; with sample weights their weighted mean times the
+            number of queries, so that a mean over steps counts queries.
         num_queries: number of queries (positives).
         num_users: number of users.
         num_tokens: token slots in use, contextual ones included.
@@ -124,8 +125,10 @@ def train_step(
     """One optimizer step on this shard's groups and table rows.
 
     The loss is the sum over all queries of the global batch over their number, whatever the number
-    of devices. With `gradient_accumulation_steps` n the step takes n batches: mode "mean" divides
-    by the queries of all of them, "sum" adds the n losses, each over its own number.
+    of devices; with sample weights sum(weight * loss) / sum(weight), and 0 where that sum is 0. The
+    metrics count every query alike. With `gradient_accumulation_steps` n the step takes n batches:
+    mode "mean" divides by the queries (or weights) of all of them, "sum" adds the n losses, each
+    over its own number.
 
     Args:
         train_state: this shard's state; donate it.
@@ -149,7 +152,7 @@ def train_step(
         tables=update_tables(program, tables, found.rows, step=first, iteration=first + 1),
         ema=gradients_lib.average(train_state.ema, params, train.dense_optimizer.ema, step=first),
     )
-    return new_state, jax.lax.psum(found.metrics, axes)
+    return new_state, found.metrics
 
 
 def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGradients, Any]:
@@ -157,12 +160,11 @@ def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGra
     train, first = program.config.train, train_state.step
     num_batches, tables = train.gradient_accumulation_steps, train_state.tables
     if num_batches == 1:
-        num_queries = _num_queries(batch)
-        found = batch_gradients(program, train_state, batch, number=first, num_queries=num_queries)
-        return found, tables
+        total = _total_weight(program, batch)
+        return batch_gradients(program, train_state, batch, number=first, divisor=total), tables
     total = None
     if train.gradient_accumulation_mode == "mean":
-        total = sum(_num_queries(each) for each in batch)
+        total = sum(_total_weight(program, each) for each in batch)
 
     def gradients_of(tables, each, number):
         return batch_gradients(
@@ -170,7 +172,7 @@ def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGra
             dataclasses.replace(train_state, tables=tables),
             each,
             number=first * num_batches + number,
-            num_queries=_num_queries(each) if total is None else total,
+            divisor=_total_weight(program, each) if total is None else total,
         )
 
     def update_now(tables, rows, number):
@@ -191,7 +193,7 @@ def batch_gradients(
     batch: batch_lib.Batch,
     *,
     number: Int[Array, ""],
-    num_queries: Float[Array, ""],
+    divisor: Float[Array, ""],
 ) -> gradients_lib.BatchGradients:
     """Gradients of one batch on this shard; not yet summed over the mesh.
 
@@ -200,7 +202,7 @@ def batch_gradients(
         train_state: this shard's parameters and tables.
         batch: this shard's groups.
         number: of the batch in the run, from 0; keys dropout.
-        num_queries: what the sum of the losses is divided by.
+        divisor: what the loss sum of the whole mesh is divided by; the loss is 0 where this is 0.
     """
     sparse = program.config.train.sparse_optimizer
     unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
@@ -215,7 +217,7 @@ def batch_gradients(
         inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
         towers = program.model.apply({"params": params}, inputs, batch, dropout_key)
         scores = score(program, towers, batch)
-        return scores.loss_sum / jnp.maximum(num_queries, 1.0), scores
+        return scores.loss_sum / jnp.where(divisor > 0, divisor, 1.0), scores
 
     (_, scores), (param_grads, row_grads) = jax.value_and_grad(
         global_loss, argnums=(0, 1), has_aux=True
@@ -267,11 +269,6 @@ def update_tables(
     return {**tables, **updated}
 
 
-def _num_queries(batch: batch_lib.Batch) -> Float[Array, ""]:
-    """Queries of the global batch."""
-    return jax.lax.psum(jnp.sum(batch.query_mask, dtype=jnp.float32), partition.AXES)
-
-
 def eval_step(
     train_state: state.TrainState, batch: batch_lib.Batch, *, program: Program
 ) -> tuple[StepMetrics, Float[Array, "G U E"]]:
@@ -284,8 +281,7 @@ def eval_step(
     inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
     towers = program.model.apply({"params": train_state.params}, inputs, batch)
     scores = score(program, towers, batch)
-    metrics = _metrics(program, scores, batch, num_not_finite=jnp.float32(0))
-    return jax.lax.psum(metrics, partition.AXES), towers.user
+    return _metrics(program, scores, batch, num_not_finite=jnp.float32(0)), towers.user
 
 
 def item_step(
@@ -322,6 +318,12 @@ def score(
         negative_log_q=batch.negative_log_q,
         temperature=program.config.model.temperature,
         log_q_correction=program.config.loss.log_q_correction,
+        query_weight=_query_weight(program, batch),
+        hard=sampled_softmax.HardNegatives(
+            vectors=towers.hard_negative,
+            mask=batch.hard_negative_mask,
+            log_q=batch.hard_negative_log_q,
+        ),
     )
 
 
@@ -344,15 +346,33 @@ def fetch(
     return unique, picked
 
 
+def _query_weight(program, batch) -> Float[Array, "G Q"] | None:
+    """The weight of each query's user, or None where none are configured."""
+    if not program.config.data.sample_weight_fields:
+        return None
+    return jnp.take_along_axis(batch.sample_weight, batch.positive_user, axis=1)
+
+
+def _total_weight(program, batch) -> Float[Array, ""]:
+    """Sum of the weights of all queries of the whole mesh: their number without weights."""
+    weight = _query_weight(program, batch)
+    if weight is None:
+        weight = jnp.ones_like(batch.query_mask, dtype=jnp.float32)
+    return jax.lax.psum(jnp.sum(jnp.where(batch.query_mask, weight, 0)), partition.AXES)
+
+
 def _metrics(program, scores, batch, *, num_not_finite) -> StepMetrics:
+    """Sums over the whole mesh."""
     hits, num_queries = ranking.sampled_hits(
         positive_scores=scores.positive_scores,
-        negative_scores=scores.negative_scores,
+        negative_scores=jnp.concatenate(
+            [scores.negative_scores, scores.hard_negative_scores], axis=-1
+        ),
         positive_user=batch.positive_user,
         query_mask=batch.query_mask,
         cutoffs=program.config.metrics.recall_at_k,
     )
-    return StepMetrics(
+    sums = StepMetrics(
         loss_sum=scores.loss_sum,
         num_queries=num_queries,
         num_users=jnp.sum(batch.user_mask, dtype=jnp.float32),
@@ -360,3 +380,9 @@ def _metrics(program, scores, batch, *, num_not_finite) -> StepMetrics:
         recall_hits=hits,
         num_not_finite=num_not_finite,
     )
+    sums = jax.lax.psum(sums, partition.AXES)
+    if not program.config.data.sample_weight_fields:
+        return sums
+    total = _total_weight(program, batch)
+    mean = sums.loss_sum / jnp.where(total > 0, total, 1.0)
+    return dataclasses.replace(sums, loss_sum=mean * sums.num_queries)

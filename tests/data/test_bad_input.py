@@ -11,7 +11,7 @@ import pytest
 
 from configs import kuairand as kuairand_config
 from hstu_jax.config import resolve
-from hstu_jax.data import event_store, windowing
+from hstu_jax.data import event_store, sample_weights, sampler_files, windowing
 from hstu_jax.features import columns
 
 
@@ -33,6 +33,12 @@ def write(folder, parts, **events):
     }
     new_events = dataclasses.replace(parts["events"], **new)
     event_store.write_store(folder / "store", **{**parts, "events": new_events})
+
+
+def read_edges(folder, lines):
+    path = folder / "edges.tsv"
+    path.write_text("userid:int64\titemid:int64\tweight:float\n" + lines)
+    sampler_files.read_columns(path, sampler_files.EDGE_COLUMNS)
 
 
 def int64(*values):
@@ -59,6 +65,22 @@ REFUSED = {
         lambda folder, parts: event_store.open_store(folder / "nothing"),
         FileNotFoundError,
         "make the data with `python -m hstu_jax.prepare sample",
+    ),
+    "broken line of a sampler's file": (
+        lambda folder, parts: read_edges(folder, "7\t11\t1\n7\televen\t1\n"),
+        ValueError,
+        "edges.tsv line 3: itemid='eleven': must be int64 (1 such lines in all).",
+    ),
+    "negative sample weight": (
+        lambda folder, parts: sample_weights.read_sample_weights(
+            event_store.write_store(
+                folder / "store",
+                **{**parts, "users": parts["users"] | {"heft": np.array([1.0, -2.0])}},
+            ),
+            "heft",
+        ),
+        ValueError,
+        "users.parquet row 1: heft=-2.0: must be finite and not negative (1 rows in all).",
     ),
     "missing column": (
         lambda folder, parts: event_store.write_store(

@@ -121,6 +121,7 @@ def make_batch(
     num_users: int,
     num_queries: int = 1,
     num_negatives: int = 1,
+    num_hard: int = 0,
     fill: float = 0.0,
 ) -> features_batch.Batch:
     """One group. Jagged content per token; queries belong to user 0, lookups are not filled in.
@@ -133,6 +134,7 @@ def make_batch(
         num_users: users in use, the first of the placement's user slots.
         num_queries: Q, all in use.
         num_negatives: M.
+        num_hard: Hn, all there.
         fill: what padding holds in float arrays.
     """
     pairs, count = placement.block_pairs()
@@ -149,11 +151,15 @@ def make_batch(
         contextual={},
         user_index=np.arange(slots, dtype=np.int32)[None],
         user_mask=(np.arange(slots) < num_users)[None],
+        sample_weight=np.ones((1, slots), np.float32),
         positive={},
         positive_user=np.zeros((1, num_queries), np.int32),
         query_mask=np.ones((1, num_queries), bool),
         positive_log_q=np.zeros((1, num_queries), np.float32),
         negative={},
         negative_log_q=np.zeros((1, num_negatives), np.float32),
+        hard_negative={},
+        hard_negative_mask=np.ones((1, slots, num_hard), bool),
+        hard_negative_log_q=np.zeros((1, slots, num_hard), np.float32),
         block_len=placement.block_len,
     )

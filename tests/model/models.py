@@ -141,6 +141,7 @@ def lay_out(content, *, rule, row_len, packed, num_rows=0, num_users=0, fill=0.0
         contextual=contextual[None],
         positive=content.positive[None],
         negative=content.negative[None],
+        hard_negative=np.zeros((1, num_slots, 0, CANDIDATE_DIM), np.float32),
     )
     batch = batches.make_batch(
         placement,

@@ -39,6 +39,7 @@ def make_runner(model, params, *, seed=0):
             user=np.concatenate([user, unused])[None],
             positive=positive[None],
             negative=negative[None],
+            hard_negative=np.zeros((1, batch.user_mask.shape[1], 0, 16), np.float32),
         )
         return forward_backward(lookups, batch, key, cotangent)
 
