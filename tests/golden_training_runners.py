@@ -112,6 +112,7 @@ def _first_state(case, program, mesh):
         optimizer=program.optimizer,
         tables=tables,
         replicated=partition.replicated_sharding(mesh),
+        has_ema=False,
     )
 
 
