@@ -1,13 +1,22 @@
-"""Command line that makes an event store: `python -m hstu_jax.prepare sample|kuairand ...`.
+"""Command line that makes data: `python -m hstu_jax.prepare sample|kuairand|list_columns ...`.
 
-Here: flags to options to one call. The work is in `data/sample.py` and `data/kuairand.py`. jax is
-not imported, so the command starts at once.
+`sample` and `kuairand` make an event store; `list_columns` writes one as parquet files with a
+training row a line. Here: flags to options to one call. The work is in `data/sample.py`,
+`data/kuairand.py` and `data/list_export.py`. jax is not imported, so the command starts at once.
 """
 
 import argparse
 from collections.abc import Sequence
 
-from hstu_jax.data import kuairand, sample, sample_world, summary, windowing
+from hstu_jax.data import (
+    event_store,
+    kuairand,
+    list_export,
+    sample,
+    sample_world,
+    summary,
+    windowing,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,8 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from_seed.add_argument("--out_dir", default=sample.DEFAULT_DIR, help="folder to make")
     _add_common_flags(from_raw, windowing.WindowOptions())
     from_raw.add_argument("--out_dir", required=True, help="folder to make")
+    from_store = commands.add_parser("list_columns", help="an event store as list columns")
+    from_store.add_argument("--from", dest="store", required=True, help="folder of the event store")
+    from_store.add_argument("--out_dir", required=True, help="folder to make")
+    from_store.add_argument("--delimited", action="store_true", help="strings in place of lists")
+    from_store.add_argument("--max_history", type=int, default=0, help="newest entries; 0 = all")
     flags = parser.parse_args(argv)
     try:
+        if flags.command == "list_columns":
+            _export(flags)
+            return
         windows = windowing.WindowOptions(
             mode=flags.window_mode,
             window_events=flags.window_events,
@@ -60,6 +77,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         raise SystemExit(f"error: {error}") from error
     print(summary.describe(store))
+
+
+def _export(flags: argparse.Namespace) -> None:
+    """Writes list columns, and the flags that read them."""
+    options = list_export.ExportOptions(delimited=flags.delimited, max_history=flags.max_history)
+    store = event_store.open_store(flags.store)
+    settings = list_export.export(store, flags.out_dir, options=options)
+    print(f"{flags.out_dir}: list columns of {store.path}; train on them with")
+    print("\n".join(settings))
+    if flags.delimited:
+        print("and, for both sequences of the configuration, sequence_delim='|' in `sequences`")
 
 
 def _add_common_flags(command: argparse.ArgumentParser, rules: windowing.WindowOptions) -> None:

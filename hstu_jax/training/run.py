@@ -57,7 +57,7 @@ class Run:
         return checkpoint.Record(
             log_sums=log_sums,
             config=resolve.to_text(self.config),
-            data_fingerprint=self.store.fingerprint(),
+            data_fingerprint=self.pipeline.fingerprint(),
             num_steps=self.num_steps,
         )
 
@@ -81,7 +81,7 @@ def build_run(
 
     Args:
         config: the configuration.
-        store: the opened event store that `config.data.path` names.
+        store: the opened data that `config.data` names.
         devices: devices of the mesh; None takes all.
 
     Raises:
@@ -153,6 +153,7 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
             f"          an epoch: {epoch.windows:,} windows, {epoch.tokens / epoch.slots:.0%} of "
             f"the slots used; {epoch.truncated_windows:,} windows lost their oldest items "
             f"({epoch.dropped_tokens:,}), {epoch.empty_histories:,} have no history",
+            *(f"          {note}" for note in run.pipeline.notes),
         ]
     )
 
