@@ -27,6 +27,7 @@ def check(config: Any) -> None:
         config: a `schema.Config` (which imports this module, so it is not named here).
     """
     _check_names(config)
+    _check_sides(config)
     _check_sequence_features(config)
     _check_single_columns(config)
     _check_sequences(config)
@@ -62,6 +63,41 @@ def _check_names(config: Any) -> None:
             "is in no feature group, so nothing would read it",
             "add it to one, or leave it out",
         )
+
+
+def _check_sides(config: Any) -> None:
+    """A row has no item of its own, and a negative has no user."""
+    for group, names in config.feature_groups.items():
+        for name in names:
+            feature = config.all_features.get(name)
+            side = feature.expression.partition(":")[0] if feature else ""
+            section = "features" if name in config.features else "raw_features"
+            refused = {
+                "contextual": (
+                    ("item",),
+                    "a row has no item of its own",
+                    "write user: or context:",
+                ),
+                "query_time": (
+                    ("item",),
+                    "a row has no item of its own",
+                    "write user: or context:",
+                ),
+                "candidate": (
+                    ("user", "context"),
+                    "candidates and negatives have the features of items alone",
+                    "write item:",
+                ),
+            }.get(group)
+            if refused:
+                sides, rule, advice = refused
+                require(
+                    side not in sides,
+                    f"{section}.{name}.expression",
+                    feature.expression if feature else "",
+                    f"{rule}, and the feature stands in the group {group}",
+                    advice,
+                )
 
 
 def _check_sequence_features(config: Any) -> None:

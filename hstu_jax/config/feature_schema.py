@@ -329,8 +329,9 @@ def _require_one_size(feature: IdFeature) -> None:
 def _require_words(feature: IdFeature) -> None:
     _require_distinct("vocab_list", feature.vocab_list, feature.vocab_list)
     if feature.vocab_list or feature.vocab_file:
+        words = feature.words()  # reads the file, so that a wrong one is refused here
         require(
-            not feature.default_value or feature.default_value not in feature.words(),
+            not feature.default_value or feature.default_value not in words,
             "default_value",
             feature.default_value,
             "must not be a word of the vocabulary: it has id 0, and the words have 2, 3, ...",
