@@ -86,8 +86,6 @@ def _export(flags: argparse.Namespace) -> None:
     settings = list_export.export(store, flags.out_dir, options=options)
     print(f"{flags.out_dir}: list columns of {store.path}; train on them with")
     print("\n".join(settings))
-    if flags.delimited:
-        print("and, for both sequences of the configuration, sequence_delim='|' in `sequences`")
 
 
 def _add_common_flags(command: argparse.ArgumentParser, rules: windowing.WindowOptions) -> None:

@@ -58,7 +58,8 @@ class DataConfig:
     # "sample": an event store, generated when missing; "list_columns": parquet files, not `path`.
     source: Literal["sample", "event_store", "list_columns"] = "event_store"
     list_columns: ListColumnsConfig = ListColumnsConfig()
-    # Of the candidates; equally long. They count the queries that the mean loss is over.
+    # Columns of the candidates, as long as they are: a label's length is the number of queries,
+    # by which a row counts in the mean loss. Their values are a candidate's action and watch time.
     label_fields: tuple[str, ...] = ()
     batch_size: int = 128  # users in a global batch, at most
     num_groups: int = 1  # groups of users with negatives of their own; devices split them

@@ -12,6 +12,7 @@ from hstu_jax.config.feature_schema import (
     IdFeature,
     ListColumnsConfig,
     RawFeature,
+    SequenceConfig,
 )
 
 VECTOR_GROUPS = ("contextual", "uih", "candidate")  # their features become vectors
@@ -31,6 +32,7 @@ def check(config: Any) -> None:
     _check_sequence_features(config)
     _check_single_columns(config)
     _check_sequences(config)
+    _check_ablation(config)
     if config.data.source == "list_columns":
         _check_list_columns(config)
     else:
@@ -155,7 +157,7 @@ def _check_sequences(config: Any) -> None:
     )
     for name, sequence in config.sequences.items():
         require(
-            config.data.source == "list_columns",
+            config.data.source == "list_columns" or sequence == SequenceConfig(),
             f"sequences.{name}",
             sequence,
             f"is read by data.source='list_columns' only, not by {config.data.source!r}",
@@ -167,6 +169,22 @@ def _check_sequences(config: Any) -> None:
             sequence,
             "is the sequence of no feature",
             f"the features have {', '.join(used)}",
+        )
+
+
+def _check_ablation(config: Any) -> None:
+    """What an ablation takes away must not come back as a feature of the history."""
+    taken = {"no_actions": ("uih_action", "uih_watchtime"), "no_time": ("uih_timestamp",)}
+    groups = taken.get(config.data.ablation, ())
+    columns = {config.column(n) for group in groups for n in config.feature_groups.get(group, ())}
+    for name in config.feature_groups.get("uih", ()):
+        require(
+            config.column(name) not in columns,
+            "data.ablation",
+            config.data.ablation,
+            f"the feature {name!r} of the group uih reads {config.column(name)!r}, which it takes "
+            "away",
+            "leave the feature out as well",
         )
 
 

@@ -1,7 +1,20 @@
 """Training rows as list columns or delimited strings -> the arrays of an event store, in memory.
 
-A row is a user's history, the items to be found (candidates), the time of the request and whatever
-the features read. Here: opening what `data.list_columns` names. Not here: which columns that takes
+A row of the parquet files is a user's history, the items to be found, and what else features read:
+
+    uih_seq__video_id, uih_seq__action_timestamp, ...   one list a row, equally long, oldest first
+    cand_seq__video_id                                  items to be found: the row's queries
+    cand_seq__action_weight, cand_seq__watch_time       labels, as long as the candidates
+    request_time, user_id, user_active_degree, ...      one value a row (or a list of them)
+
+With `sequence_delim` a list is a string, and an empty string an empty list (the reference counts it
+as one value, an empty id). Names are the configuration's: a feature reads the column of its name or
+its `expression`. Times are whole seconds. A row may have no history; one without a candidate is left
+out and counted. Items are those of `item_input_path`, or those that occur; without a `train_count`
+there, an item counts as often as it is a training row's candidate, and once if a training history
+has it.
+
+Here: opening what `data.list_columns` names. Not here: which columns that takes
 (`list_layout.py`), the files (`list_files.py`), the items (`item_file.py`) and the store
 (`list_store.py`). Next on the path: `features/columns.py`, as for any store.
 """

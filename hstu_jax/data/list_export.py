@@ -74,6 +74,8 @@ def export(store: EventStore, out_dir: str | pathlib.Path, *, options: ExportOpt
         f"data.list_columns.eval_input_path={folder}/test/*.parquet",
         f"data.list_columns.item_input_path={folder / ITEMS_FILE}",
     ]
+    if options.delimited:
+        flags += [f"sequences.{n}.sequence_delim='{DELIMITER}'" for n in ("uih_seq", "cand_seq")]
     return [f"--config.{flag}" for flag in flags]
 
 

@@ -225,8 +225,17 @@ def _batches(
                 )
         row = 0
         for batch in source.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
-            yield row, batch
+            yield row, _plain(batch)
             row += batch.num_rows
+
+
+def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with dictionary-encoded columns (pandas' categories) written out."""
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        for column in batch.columns
+    ]
+    return pa.record_batch(columns, names=batch.schema.names)
 
 
 def _read_sequence(

@@ -126,7 +126,9 @@ def sequences_to_read(layout: ListLayout) -> dict[str, list_files.SequenceColumn
     history |= {layout.action: pa.int64()} if layout.action else {}
     history |= {layout.watch_time: pa.float32()} if layout.watch_time else {}
     never_null = frozenset(history)
-    history |= dict.fromkeys(layout.history_side)
+    # A feature may read one of the columns above too, which keep their types.
+    side = {name: kind for name, kind in layout.history_side.items() if name not in history}
+    history |= dict.fromkeys(side)
     candidate: dict[str, pa.DataType | None] = {layout.candidate_item: None}
     candidate |= dict.fromkeys(layout.labels)
     for column, kind in ((layout.action, pa.int64()), (layout.watch_time, pa.float32())):
@@ -141,7 +143,7 @@ def sequences_to_read(layout: ListLayout) -> dict[str, list_files.SequenceColumn
         config = layout.sequences.get(name, SequenceConfig())
         if config.sequence_delim:
             columns[next(iter(columns))] = layout.item_type
-            columns |= layout.history_side if columns is history else {}
+            columns |= side if columns is history else {}
         result[name] = list_files.SequenceColumns(
             types=columns, config=config, refuse_null=refuse_null
         )

@@ -82,6 +82,8 @@ def from_arrow(column: pa.Array | pa.ChunkedArray, *, where: str) -> RawColumn:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of a column without chunks
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if pa.types.is_dictionary(array.type):  # pandas' categories
+        array = array.dictionary_decode()
     offsets = None
     if is_list(array.type):
         lengths = np.zeros(len(array), np.int64)

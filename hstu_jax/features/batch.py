@@ -86,7 +86,7 @@ class Batch:
     action: Int[AnyArray, "G R L"]
     watch_time_s: Float[AnyArray, "G R L"]
     time_gap_s: Float[AnyArray, "G R L"]
-    contextual: dict[str, Num[AnyArray, "G U *V"]]
+    contextual: dict[str, Num[AnyArray, "G U ..."]]
     user_index: Int[AnyArray, "G U"]
     user_mask: Bool[AnyArray, "G U"]
     positive: dict[str, Num[AnyArray, "G Q"]]

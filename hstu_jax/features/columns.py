@@ -60,7 +60,7 @@ class BatchColumns:
     watch_time_s: Float[np.ndarray, "_"] | None
     timestamp_s: Int[np.ndarray, "_"]
     request_time_s: Int[np.ndarray, "_"] | None
-    contextual: dict[str, Shaped[np.ndarray, "_ *V"]]
+    contextual: dict[str, Shaped[np.ndarray, "_ ..."]]
     contextual_entry: Int[np.ndarray, "_"]
     candidate: dict[str, Shaped[np.ndarray, "_"]]
     notes: tuple[str, ...] = ()

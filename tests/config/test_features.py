@@ -205,6 +205,17 @@ REFUSED = {
         ),
         "feature_groups.uih_timestamp=(): must name",
     ),
+    "an ablation undone by a feature": (
+        both(
+            set_field("data/ablation", "no_actions"),
+            set_field(
+                "features/uih_seq__bits",
+                {"num_buckets": 256, "expression": "user:action_weight"},
+            ),
+            set_field("feature_groups/uih", ("uih_seq__video_id", "uih_seq__bits")),
+        ),
+        "data.ablation='no_actions': the feature 'uih_seq__bits' of the group uih reads",
+    ),
     "two names": (
         set_field("raw_features", {"user_id": {}}),
         "features.user_id has the same name; rename one of them",

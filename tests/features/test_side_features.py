@@ -8,7 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hstu_jax.config.feature_schema import IdFeature, NormalizerConfig, RawFeature
+from hstu_jax.config.feature_schema import (
+    IdFeature,
+    NormalizerConfig,
+    RawFeature,
+    SequenceConfig,
+)
 from hstu_jax.data import event_store, list_columns, list_export
 from hstu_jax.features import columns, id_mapping, pipeline
 from tests.data import lists
@@ -133,7 +138,14 @@ def test_rows_have_features_of_their_own(tmp_path):
     """One user with changing features, several values a row, missing ones, a raw feature."""
     tags = [[1, 2], [], [9], [3, 1, 2]]
     rows = [
-        {**row, "user_id": 5, "tags": tags[n], "city": ["x", None, "x", "y"][n], "age": 20.0 + n}
+        {
+            **row,
+            "user_id": 5,
+            "tags": tags[n],
+            "city": ["x", None, "x", "y"][n],
+            "age": 20.0 + n,
+            "scores": [0.5 + n, 1.5],
+        }
         for n, row in enumerate(lists.ROWS)
     ]
     lists.write_both(tmp_path, rows, types={"tags": pa.list_(pa.int64())})
@@ -142,12 +154,15 @@ def test_rows_have_features_of_their_own(tmp_path):
         "tags": IdFeature(num_buckets=10, embedding_dim=2, pooling="mean"),
         "town": IdFeature(vocab_list=("x", "y"), embedding_dim=2, expression="user:city"),
     }
-    raw = {"age": RawFeature(boundaries=(21.5,), embedding_dim=2)}
+    raw = {
+        "age": RawFeature(boundaries=(21.5,), embedding_dim=2),
+        "scores": RawFeature(value_dim=2),
+    }
     config = lists.config(
         tmp_path,
         features=features,
         raw_features=raw,
-        groups={"contextual": ("user_id", "tags", "town", "age")},
+        groups={"contextual": ("user_id", "tags", "town", "age", "scores")},
     )
     pipe = pipeline.Pipeline(config, list_columns.open_list_columns(config), split="test")
     made = pipe.batch_at(0)
@@ -156,18 +171,66 @@ def test_rows_have_features_of_their_own(tmp_path):
     }
     contextual = {name: values[0] for name, values in made.batch.contextual.items()}
     expected = {  # row number among those kept -> values
-        0: ([1, 2, -1], 2, 0),
-        1: ([-1, -1, -1], 0, 0),
-        2: ([3, 1, 2], 3, 1),
+        0: ([1, 2, -1], 2, 0, [0.5, 1.5]),
+        1: ([-1, -1, -1], 0, 0, [1.5, 1.5]),
+        2: ([3, 1, 2], 3, 1, [3.5, 1.5]),
     }
-    for row, (tag, town, age) in expected.items():
+    for row, (tag, town, age, scores) in expected.items():
         slot = found[row]
         assert contextual["tags"][slot].tolist() == tag
         assert (contextual["town"][slot], contextual["age"][slot]) == (town, age)
         assert contextual["user_id"][slot] == 5
+        assert contextual["scores"][slot].tolist() == scores
+    assert contextual["scores"].dtype == np.float32
     # Of the training and test rows that are kept, two have no town.
     assert "town: 2 values missing and 0 unknown of 6" in pipe.notes
     assert pipe.notes[0].startswith("train: 3 rows of 1 file(s); 1 without a candidate left out")
+
+
+def test_a_feature_of_the_history_may_read_the_action_column_too(tmp_path):
+    """In delimited files its type stays the action's, whatever the feature is."""
+    features = {
+        "uih_seq__kind": IdFeature(
+            vocab_list=("1", "2", "3"), embedding_dim=2, expression="user:action_weight"
+        )
+    }
+    groups = {"uih": ("uih_seq__video_id", "uih_seq__kind")}
+    for delimiter in ("", "|"):
+        lists.write_both(tmp_path, delimiter=delimiter)
+        sequence = SequenceConfig(sequence_delim=delimiter)
+        config = lists.config(
+            tmp_path,
+            features=features,
+            groups=groups,
+            sequences={"uih_seq": sequence, "cand_seq": sequence},
+        )
+        store = list_columns.open_list_columns(config)
+        assert store.events.action[:3].tolist() == [1, 2, 3]
+        found = pipeline.Pipeline(config, store).source.columns.history
+        assert found["uih_seq__kind"][:3].tolist() == [2, 3, 4]
+
+
+def test_pandas_categories_are_read(tmp_path):
+    rows = [{**row, "city": ["x", None, "x", "y"][n]} for n, row in enumerate(lists.ROWS)]
+    features = {"city": IdFeature(vocab_list=("x", "y"), embedding_dim=2)}
+    config = lists.config(tmp_path, features=features, groups={"contextual": ("city",)})
+    lists.write_both(tmp_path, rows, types={"city": pa.dictionary(pa.int8(), pa.string())})
+    store = list_columns.open_list_columns(config)
+    values = pipeline.Pipeline(config, store).source.columns.contextual["city"]
+    assert values.tolist() == [2, 0, 3] * 2
+
+
+def test_other_words_in_a_vocabulary_file_are_another_run(tmp_path):
+    lists.write_both(tmp_path, [{**row, "city": "x"} for row in lists.ROWS])
+    prints = []
+    for name, words in (("a", "x\ny\n"), ("b", "y\nx\n"), ("c", "x\ny\n")):
+        path = tmp_path / name
+        path.write_text(words)
+        features = {"city": IdFeature(vocab_file=str(path), embedding_dim=2)}
+        config = lists.config(tmp_path, features=features, groups={"contextual": ("city",)})
+        store = list_columns.open_list_columns(config)
+        prints.append(pipeline.Pipeline(config, store).fingerprint())
+    assert prints[0] == prints[2] != prints[1]
 
 
 def test_strings_of_several_values(tmp_path):

@@ -139,7 +139,7 @@ def test_export_prints_the_flags_and_refuses_a_used_folder(small_store, folder, 
     prepare.main([*arguments, str(tmp_path / "again"), "--delimited", "--max_history", "3"])
     text = capsys.readouterr().out
     assert f"--config.data.list_columns.eval_input_path={tmp_path}/again/test/*.parquet" in text
-    assert "sequence_delim='|'" in text
+    assert "--config.sequences.cand_seq.sequence_delim='|'" in text
     with pytest.raises(SystemExit, match="exists and is not empty; choose another folder"):
         prepare.main([*arguments, str(folder)])
 
