@@ -39,9 +39,12 @@ class Catalogue:
 
     def index_of(self, ids: pa.ChunkedArray) -> Int[np.ndarray, "_"]:
         """item_index of ids, -1 where the catalogue lacks one."""
-        if ids.type != self.key.type:  # int32 and int64, or numbers and strings
-            ids = ids.cast(self.key.type)
-        found = pc.index_in(ids, value_set=self.key)
+        key = self.key
+        if ids.type != key.type:  # integers of another width, or strings on one side
+            is_text = not (pa.types.is_integer(ids.type) and pa.types.is_integer(key.type))
+            kind = pa.string() if is_text else pa.int64()
+            ids, key = ids.cast(kind), key.cast(kind)
+        found = pc.index_in(ids, value_set=key)
         return found.fill_null(-1).to_numpy().astype(np.int32)
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hstu_jax.config.feature_checks import sequence_name
 from hstu_jax.data import item_file, list_files, raw_columns, schema, store_files, windowing
 from hstu_jax.data.event_store import EventStore
 from hstu_jax.data.list_layout import ListLayout
 from hstu_jax.data.records import Events, ItemTable, Windows
-from hstu_jax.config.feature_checks import sequence_name
 
 SOURCE = "list columns"
 # Mode of `stats["window_options"]`: windows came as they are, and cannot be cut again.
@@ -117,6 +117,8 @@ def _check_split(
 ) -> _Split:
     history = rows.sequences[sequence_name(layout.history_item)]
     candidate = rows.sequences[sequence_name(layout.candidate_item)]
+    if layout.user_id:
+        _refuse_null(layout.user_id, rows, "; or set data.list_columns.user_id_field=''")
     time = history.values[layout.timestamp].to_numpy()
     request = _request_times(layout, rows, history, time)
     _check_times(layout, rows, history, time, request)
@@ -170,10 +172,8 @@ def _request_times(
         has_history = history.lengths > 0
         newest[has_history] = time[(np.cumsum(history.lengths) - 1)[has_history]]
         return newest
+    _refuse_null(layout.request_time, rows)
     column = rows.scalars[layout.request_time]
-    if column.null_count:
-        at = int(np.argmax(column.is_null().to_numpy()))
-        raise ValueError(f"{rows.where(at)}: {layout.request_time} is null; every row needs one.")
     try:
         return column.cast(pa.int64()).to_numpy().astype(np.int64)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -181,6 +181,13 @@ def _request_times(
             f"{rows.files[0]} column {layout.request_time}: type {column.type}: must hold whole "
             "seconds."
         ) from None
+
+
+def _refuse_null(column: str, rows: list_files.Rows, advice: str = "") -> None:
+    values = rows.scalars[column]
+    if values.null_count:
+        at = int(np.argmax(values.is_null().to_numpy()))
+        raise ValueError(f"{rows.where(at)}: {column} is null; every row needs one{advice}.")
 
 
 def _check_times(
@@ -252,12 +259,6 @@ def _users(layout: ListLayout, parts: Mapping[str, _Split]) -> tuple[np.ndarray,
     if not layout.user_id:
         return np.arange(num_rows, dtype=np.int64), np.arange(num_rows, dtype=np.int32)
     ids = _join_rows(layout.user_id, parts)
-    if ids.null_count:
-        at = int(np.argmax(ids.is_null().to_numpy()))
-        raise ValueError(
-            f"column {layout.user_id}: row {at} of all files is null; every row needs a user, or "
-            "set data.list_columns.user_id_field=''."
-        )
     distinct = pc.unique(ids)
     index = pc.index_in(ids, value_set=distinct).to_numpy().astype(np.int32)
     return item_file.to_numpy(distinct), index

@@ -165,8 +165,9 @@ def _numbers_in_range(column: RawColumn, feature: IdFeature, name: str) -> tuple
             "vocabulary."
         )
     if column.codes is not None and feature.max_unknown_share == 0:
-        used = values[np.unique(column.codes[column.codes >= 0])]
-        check_ids(used, feature=name, num_buckets=size)
+        is_used = np.zeros(len(values) + 1, dtype=bool)
+        is_used[column.codes] = True  # -1, a missing value, marks the last
+        check_ids(values[is_used[:-1]], feature=name, num_buckets=size)
     elif feature.max_unknown_share == 0:
         check_ids(values, feature=name, num_buckets=size)
         return values, 0
