@@ -74,6 +74,7 @@ def _features(
     categories: int | None,
 ) -> None:
     video = schema.IdFeature(
+        expression="item:video_id",
         num_buckets=items,
         embedding_dim=item_dim,
         embedding_name="video_id_emb",
@@ -82,6 +83,7 @@ def _features(
     features = {"uih_seq__video_id": video, "cand_seq__video_id": video}
     for name, buckets in _CONTEXTUAL.items():
         features[name] = schema.IdFeature(
+            expression=f"user:{name}",
             num_buckets=users if name == "user_id" else categories or buckets,
             embedding_dim=contextual_dim,
         )

@@ -254,6 +254,14 @@ def test_wrong_types_are_refused(tmp_path):
         opened(rows=words, delimiter="|", sequences=DELIMITED)
 
 
+def test_request_times_are_whole_seconds(tmp_path):
+    for value, kind in (("soon", pa.string()), (1.5, pa.float64())):
+        rows = [{**row, "request_time": value} for row in lists.ROWS]
+        lists.write_both(tmp_path, rows)
+        with pytest.raises(TypeError, match=f"request_time: type {kind}: must hold whole seconds"):
+            list_columns.open_list_columns(lists.config(tmp_path))
+
+
 def test_missing_files_and_items(tmp_path):
     lists.write_both(tmp_path)
     config = lists.config(tmp_path, train_input_path=f"{tmp_path}/nothing/*")
