@@ -28,7 +28,7 @@ class ListLayout:
       request_time: time of a row, or None (then the newest time of its history).
       labels: columns of the candidates.
       history_side: other columns of the history's features -> type of delimited values.
-      contextual: columns of the row's own features -> separator of several values.
+      contextual: columns of the row's own features.
       item_features: bare names of the candidates' features in the item file.
       item_type: type of delimited item ids.
       user_id: column of user ids, or "".
@@ -43,7 +43,7 @@ class ListLayout:
     request_time: str | None
     labels: tuple[str, ...]
     history_side: Mapping[str, pa.DataType]
-    contextual: Mapping[str, str]
+    contextual: tuple[str, ...]
     item_features: tuple[str, ...]
     item_type: pa.DataType
     user_id: str
@@ -90,10 +90,7 @@ def layout_of(config: config_schema.Config) -> ListLayout:
         for name in groups["uih"]
         if config.column(name) != history_item
     }
-    contextual = {
-        config.column(name): config.all_features[name].separator
-        for name in groups.get("contextual", ())
-    }
+    contextual = dict.fromkeys(config.column(name) for name in groups.get("contextual", ()))
     return ListLayout(
         history_item=history_item,
         candidate_item=candidate_item,
@@ -103,7 +100,7 @@ def layout_of(config: config_schema.Config) -> ListLayout:
         request_time=single("query_time"),
         labels=config.data.label_fields,
         history_side=history_side,
-        contextual=contextual,
+        contextual=tuple(contextual),
         item_features=tuple(
             dict.fromkeys(bare_name(config.column(name)) for name in groups["candidate"][1:])
         ),

@@ -223,6 +223,10 @@ def _items(
     catalogue: item_file.Catalogue,
 ) -> np.ndarray:
     ids = sequence.values[column]
+    if pa.types.is_string(ids.type):
+        is_empty = pc.equal(ids, "").to_numpy()
+        shown = np.full(len(ids), "''")
+        rows.refuse(is_empty, shown, column, "an empty id", lengths=sequence.lengths)
     index = catalogue.index_of(ids)
     if len(index) and index.min() < 0:
         shown = item_file.to_numpy(ids.combine_chunks())
@@ -267,13 +271,10 @@ def _users(layout: ListLayout, parts: Mapping[str, _Split]) -> tuple[np.ndarray,
 def _window_columns(
     layout: ListLayout, parts: Mapping[str, _Split]
 ) -> dict[str, raw_columns.RawColumn]:
-    columns = {}
-    for name, separator in layout.contextual.items():
-        values = _join_rows(name, parts)
-        if pa.types.is_string(values.type) and pc.any(pc.match_substring(values, separator)).as_py():
-            values = pc.split_pattern(values, separator)
-        columns[name] = raw_columns.from_arrow(values, where=f"column {name}")
-    return columns
+    return {
+        name: raw_columns.from_arrow(_join_rows(name, parts), where=f"column {name}")
+        for name in layout.contextual
+    }
 
 
 def _history_columns(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int, Shaped
 
 
@@ -69,8 +70,8 @@ class FeatureColumns:
 def from_arrow(column: pa.Array | pa.ChunkedArray, *, where: str) -> RawColumn:
     """An Arrow column of numbers, booleans or strings, or of lists of them.
 
-    A null list is an entry without values; a null in a list or in a plain column is a missing
-    value.
+    A null list is an entry without values; a null in a list or in a plain column, and an empty
+    string, is a missing value.
 
     Args:
       column: of any length.
@@ -101,6 +102,8 @@ def from_arrow(column: pa.Array | pa.ChunkedArray, *, where: str) -> RawColumn:
         )
     if not is_text and array.null_count == 0:
         return RawColumn(values=array.to_numpy(zero_copy_only=False), offsets=offsets)
+    if is_text:
+        array = pc.if_else(pc.equal(array, ""), pa.scalar(None, kind), array)
     coded = array.dictionary_encode()
     words = coded.dictionary
     if is_text:
@@ -109,6 +112,34 @@ def from_arrow(column: pa.Array | pa.ChunkedArray, *, where: str) -> RawColumn:
         values = words.to_numpy(zero_copy_only=False)
     codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
     return RawColumn(values=values, codes=codes, offsets=offsets)
+
+
+def split_strings(column: RawColumn, separator: str) -> RawColumn:
+    """The column with strings that hold `separator` taken apart into several values an entry.
+
+    A missing string stays one missing value, and an empty part becomes one. Numbers, lists and strings without the separator stay
+    as they are.
+
+    Args:
+      column: one value an entry, or several.
+      separator: not empty.
+    """
+    words = column.values
+    if column.offsets is not None or words.dtype.kind != "U":
+        return column
+    parts = [word.split(separator) for word in words.tolist()]
+    if all(len(part) == 1 for part in parts):
+        return column
+    codes = np.arange(len(words)) if column.codes is None else column.codes
+    values, flat = np.unique([word for part in parts for word in part], return_inverse=True)
+    # One more part, a missing one, in the last place: code -1 finds it.
+    flat = np.append(np.where(values[flat] == "", -1, flat), -1)
+    counts = np.array([*map(len, parts), 1])
+    first = np.cumsum(counts) - counts
+    offsets = np.concatenate([[0], np.cumsum(counts[codes])])
+    within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts[codes])
+    places = flat[np.repeat(first[codes], counts[codes]) + within]
+    return RawColumn(values=values, codes=places.astype(np.int32), offsets=offsets)
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from hstu_jax.config import feature_schema, schema
-from hstu_jax.data import event_store
+from hstu_jax.data import event_store, raw_columns
 from hstu_jax.data.raw_columns import RawColumn
 from hstu_jax.features import id_mapping
 
@@ -103,7 +103,10 @@ def resolve_columns(
         mapped = {}
         for name in feature_groups.get(group, ()):
             column = _find(group, name, column_name(name), sources[group], store)
-            result = id_mapping.map_column(column, _describe(described, name), name=name)
+            feature = _describe(described, name)
+            if group == "contextual":  # elsewhere a position holds one value
+                column = raw_columns.split_strings(column, feature.separator)
+            result = id_mapping.map_column(column, feature, name=name)
             if result.has_notes:
                 notes.append(
                     f"{name}: {result.num_missing:,} values missing and {result.num_unknown:,} "

@@ -14,7 +14,8 @@ from hstu_jax.config.feature_schema import (
     RawFeature,
     SequenceConfig,
 )
-from hstu_jax.data import event_store, list_columns, list_export
+from hstu_jax.data import event_store, list_columns, list_export, raw_columns
+from hstu_jax.data.raw_columns import RawColumn
 from hstu_jax.features import columns, id_mapping, pipeline
 from tests.data import lists
 from tests.features.test_list_batches import assert_same_batches, list_config
@@ -212,12 +213,13 @@ def test_a_feature_of_the_history_may_read_the_action_column_too(tmp_path):
 
 def test_pandas_categories_are_read(tmp_path):
     rows = [{**row, "city": ["x", None, "x", "y"][n]} for n, row in enumerate(lists.ROWS)]
+    rows.append({**lists.ROWS[0], "city": ""})  # an empty string is a missing value too
     features = {"city": IdFeature(vocab_list=("x", "y"), embedding_dim=2)}
     config = lists.config(tmp_path, features=features, groups={"contextual": ("city",)})
     lists.write_both(tmp_path, rows, types={"city": pa.dictionary(pa.int8(), pa.string())})
     store = list_columns.open_list_columns(config)
     values = pipeline.Pipeline(config, store).source.columns.contextual["city"]
-    assert values.tolist() == [2, 0, 3] * 2
+    assert values.tolist() == [2, 0, 3, 0] * 2
 
 
 def test_other_words_in_a_vocabulary_file_are_another_run(tmp_path):
@@ -249,6 +251,34 @@ def test_strings_of_several_values(tmp_path):
             continue
         values = pipeline.Pipeline(config, store).source.columns.contextual["tags"]
         assert values[:3].tolist() == expected
+
+
+def test_strings_are_split_by_a_plain_loop():
+    words = np.array(["b", "a\x1db\x1dc", "", "c\x1d"])
+    codes = np.array([1, -1, 0, 3, 2, 1])
+    split = raw_columns.split_strings(RawColumn(values=words, codes=codes), "\x1d")
+    expected = [
+        [None] if code < 0 else [part or None for part in words[code].split("\x1d")]
+        for code in codes
+    ]
+    found = [
+        [None if code < 0 else str(split.values[code]) for code in split.codes[first:last]]
+        for first, last in zip(split.offsets, split.offsets[1:], strict=False)
+    ]
+    assert found == expected
+    plain = RawColumn(values=words[[0, 2]], codes=codes[:0])
+    assert raw_columns.split_strings(plain, "\x1d") is plain
+
+
+def test_users_of_an_event_store_may_have_several_values(make_store, make_config):
+    store = make_store([3, 4, 2])
+    tags = {"tags": RawColumn(values=np.array(["x\x1dy", "y", "x"]))}
+    store = dataclasses.replace(store, features=dataclasses.replace(store.features, user=tags))
+    config = make_config(contextual=0)
+    features = {**config.features, "tags": IdFeature(vocab_list=("x", "y"))}
+    groups = {**config.feature_groups, "contextual": ("tags",)}
+    found = columns.resolve_columns(features=features, feature_groups=groups, store=store)
+    assert found.contextual["tags"].tolist() == [[2, 3], [3, -1], [2, -1]]
 
 
 def test_a_feature_of_items_needs_the_item_file(tmp_path):
