@@ -14,7 +14,7 @@ configuration at its full size: 512 wide, 3 layers, 4096 items, 10 M buckets; ne
 
 import ml_collections
 
-from hstu_jax.config import model_schema, resolve, schema
+from hstu_jax.config import feature_schema, model_schema, resolve, schema
 
 # Category features with the reference's bucket counts, which `seed` keeps. Preparation numbers the
 # strings that it meets from 1 (0 = unknown), and real data has more of them: 16 elsewhere.
@@ -74,6 +74,7 @@ def _features(
     categories: int | None,
 ) -> None:
     video = schema.IdFeature(
+        expression="item:video_id",
         num_buckets=items,
         embedding_dim=item_dim,
         embedding_name="video_id_emb",
@@ -82,6 +83,7 @@ def _features(
     features = {"uih_seq__video_id": video, "cand_seq__video_id": video}
     for name, buckets in _CONTEXTUAL.items():
         features[name] = schema.IdFeature(
+            expression=f"user:{name}",
             num_buckets=users if name == "user_id" else categories or buckets,
             embedding_dim=contextual_dim,
         )
@@ -96,6 +98,9 @@ def _features(
             uih_timestamp=("uih_seq__action_timestamp",),
             query_time=("request_time",),
         )
+        # Read with data.source=list_columns; listed so that they can be set on the command line.
+        names = ("uih_seq", "cand_seq")
+        c.sequences = {n: resolve.section(feature_schema.SequenceConfig()) for n in names}
 
 
 def _small(c) -> None:
@@ -136,6 +141,7 @@ def _seed(c) -> None:
     )
     c.model.similarity, c.model.temperature = "COSINE", 0.05
     c.loss.log_q_correction = False
+    c.data.label_fields = ("cand_seq__action_weight", "cand_seq__watch_time")
     c.data.negative_sampler.num_sample = 128
     c.data.batch_size = 64
     c.train.num_epochs = 1

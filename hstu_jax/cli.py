@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from hstu_jax.config import resolve, schema
-from hstu_jax.data import event_store, sample
+from hstu_jax.data import event_store, list_columns, sample
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, e.g. configs/kuairand.py or configs/kuairand.py:subset."
@@ -96,12 +96,19 @@ def unused_accelerator_warning() -> str:
 
 
 def open_data(config: schema.Config) -> event_store.EventStore:
-    """The configuration's event store; a missing generated sample is written first.
+    """The configuration's data; a missing generated sample is written first.
 
     Raises:
         FileNotFoundError: no prepared data; names the command that makes it.
         ValueError: the folder holds an older sample, or the oracle is asked of real data.
     """
+    if config.data.source == "list_columns":
+        if config.eval.oracle:
+            raise ValueError(
+                "eval.oracle=True: only the generated sample has true probabilities, not list "
+                "columns; leave it out."
+            )
+        return list_columns.open_list_columns(config)
     path = config.data.path
     wants_sample = config.data.source == "sample"
     if not os.path.exists(path):

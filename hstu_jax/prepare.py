@@ -1,8 +1,8 @@
-"""Command line that makes an event store, or a hard-edge table from one.
+"""Command line that makes data: `python -m hstu_jax.prepare COMMAND ...`.
 
-    python -m hstu_jax.prepare sample|kuairand|hard_negatives ...
-
-Here: flags to options to one call. The work is in `data/sample.py`, `data/kuairand.py` and
+`sample` and `kuairand` make an event store; `list_columns` writes one as parquet files with a
+training row a line; `hard_negatives` writes the files of a HardNegativeSampler. Here: flags to
+options to one call. The work is in `data/sample.py`, `data/kuairand.py`, `data/list_export.py` and
 `data/hard_edges.py`. jax is not imported, so the command starts at once.
 """
 
@@ -13,6 +13,7 @@ from hstu_jax.data import (
     event_store,
     hard_edges,
     kuairand,
+    list_export,
     sample,
     sample_world,
     summary,
@@ -45,11 +46,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_common_flags(from_raw, windowing.WindowOptions())
     from_raw.add_argument("--out_dir", required=True, help="folder to make")
     _add_hard_negatives(commands)
+    from_store = commands.add_parser("list_columns", help="an event store as list columns")
+    from_store.add_argument("--from", dest="store", required=True, help="folder of the event store")
+    from_store.add_argument("--out_dir", required=True, help="folder to make")
+    from_store.add_argument("--delimited", action="store_true", help="strings in place of lists")
+    from_store.add_argument("--max_history", type=int, default=0, help="newest entries; 0 = all")
     flags = parser.parse_args(argv)
-    if flags.command == "hard_negatives":
-        _hard_negatives(flags)
-        return
     try:
+        if flags.command in _FROM_STORE:
+            _FROM_STORE[flags.command](flags)
+            return
         windows = windowing.WindowOptions(
             mode=flags.window_mode,
             window_events=flags.window_events,
@@ -89,21 +95,30 @@ def _add_hard_negatives(commands) -> None:
 
 
 def _hard_negatives(flags: argparse.Namespace) -> None:
-    try:
-        options = hard_edges.HardEdgeOptions(
-            kind=flags.kind,
-            max_per_user=flags.max_per_user,
-            item_weight_exponent=flags.item_weight_exponent,
-        )
-        files = hard_edges.write_hard_edges(
-            event_store.open_store(flags.store),
-            flags.out_dir,
-            options=options,
-            overwrite=flags.overwrite,
-        )
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
-        raise SystemExit(f"error: {error}") from error
+    """Writes the files of a HardNegativeSampler."""
+    options = hard_edges.HardEdgeOptions(
+        kind=flags.kind,
+        max_per_user=flags.max_per_user,
+        item_weight_exponent=flags.item_weight_exponent,
+    )
+    store = event_store.open_store(flags.store)
+    files = hard_edges.write_hard_edges(
+        store, flags.out_dir, options=options, overwrite=flags.overwrite
+    )
     print(files.describe())
+
+
+def _export(flags: argparse.Namespace) -> None:
+    """Writes list columns, and the flags that read them."""
+    options = list_export.ExportOptions(delimited=flags.delimited, max_history=flags.max_history)
+    store = event_store.open_store(flags.store)
+    settings = list_export.export(store, flags.out_dir, options=options)
+    print(f"{flags.out_dir}: list columns of {store.path}; train on them with")
+    print("\n".join(settings))
+
+
+# What is made from an event store, by command.
+_FROM_STORE = {"hard_negatives": _hard_negatives, "list_columns": _export}
 
 
 def _add_common_flags(command: argparse.ArgumentParser, rules: windowing.WindowOptions) -> None:

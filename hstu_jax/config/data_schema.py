@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 from hstu_jax.config.checks import require
+from hstu_jax.config.feature_schema import ListColumnsConfig
 from hstu_jax.config.sampler_schema import NegativeSamplerConfig
 
 Ablation = Literal["none", "no_actions", "no_time", "shuffled_order", "shuffled_targets"]
@@ -18,7 +19,12 @@ class DataConfig:
     """Where the rows come from and how they become batches (DESIGN 3.4, 3.5)."""
 
     path: str = "data/kuairand_sample"  # an event store folder
-    source: Literal["sample", "event_store"] = "event_store"  # "sample": generated when missing
+    # "sample": an event store, generated when missing; "list_columns": parquet files, not `path`.
+    source: Literal["sample", "event_store", "list_columns"] = "event_store"
+    list_columns: ListColumnsConfig = ListColumnsConfig()
+    # Columns of the candidates, as long as they are: a label's length is the number of queries,
+    # by which a row counts in the mean loss. Their values are a candidate's action and watch time.
+    label_fields: tuple[str, ...] = ()
     batch_size: int = 128  # users in a global batch, at most
     num_groups: int = 1  # groups of users with negatives of their own; devices split them
     layout: Literal["packed", "padded"] = "packed"

@@ -9,8 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from hstu_jax.config import feature_checks
 from hstu_jax.config.checks import require, require_cutoffs
 from hstu_jax.config.data_schema import DataConfig
+from hstu_jax.config.feature_schema import IdFeature, RawFeature, SequenceConfig, column_of
 from hstu_jax.config.model_schema import ModelConfig
 from hstu_jax.config.train_schema import TrainConfig, TrainMetricsConfig
 
@@ -24,27 +26,7 @@ GROUP_NAMES = (
     "uih_timestamp",
     "query_time",
 )
-_ID_GROUPS = ("contextual", "uih", "candidate")  # looked up in embedding tables
 _SINGLE_GROUPS = ("uih_action", "uih_watchtime", "uih_timestamp", "query_time")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IdFeature:
-    """An integer feature looked up in an embedding table.
-
-    Features with the same `embedding_name` share one table and must agree on its size.
-    """
-
-    num_buckets: int = 0
-    embedding_dim: int = 32
-    embedding_name: str = ""  # "" = the feature has a table of its own, `<feature>_emb`
-    # First values are uniform within +- this; 0 = the reference's sqrt(1 / num_buckets).
-    init_bound: float = 0.0
-
-    def __post_init__(self):
-        require(self.init_bound >= 0, "init_bound", self.init_bound, "must not be negative")
-        require(self.num_buckets > 0, "num_buckets", self.num_buckets, "must be positive")
-        require(self.embedding_dim > 0, "embedding_dim", self.embedding_dim, "must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +95,8 @@ class Config:
     seed: int = 0
     workdir: str = "runs/kuairand"
     features: Mapping[str, IdFeature] = dataclasses.field(default_factory=dict)
+    raw_features: Mapping[str, RawFeature] = dataclasses.field(default_factory=dict)
+    sequences: Mapping[str, SequenceConfig] = dataclasses.field(default_factory=dict)
     feature_groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -125,6 +109,7 @@ class Config:
 
     def __post_init__(self):
         _check_groups(self)
+        feature_checks.check(self)
         _check_tables(self)
         _check_widths(self)
         _check_rows(self)
@@ -142,12 +127,24 @@ class Config:
     def embedding_names(self) -> dict[str, str]:
         """Feature name -> name of its embedding table."""
         return {
-            name: feature.embedding_name or f"{name}_emb" for name, feature in self.features.items()
+            name: feature.embedding_name or f"{name}_emb"
+            for name, feature in self.all_features.items()
+            if feature.has_table
         }
 
+    @property
+    def all_features(self) -> dict[str, IdFeature | RawFeature]:
+        """Id and raw features by name."""
+        return {**self.features, **self.raw_features}
+
+    def column(self, feature: str) -> str:
+        """The column that a feature reads."""
+        described = self.all_features.get(feature)
+        return column_of(feature, described.expression if described else "")
+
     def group_width(self, group: str) -> int:
-        """Width of a group's features looked up and concatenated."""
-        return sum(self.features[name].embedding_dim for name in self.feature_groups[group])
+        """Width of a group's features side by side."""
+        return sum(self.all_features[name].width for name in self.feature_groups[group])
 
 
 def _check_groups(config: Config) -> None:
@@ -159,14 +156,14 @@ def _check_groups(config: Config) -> None:
             "is not a group that the model reads",
             f"the groups are {', '.join(GROUP_NAMES)}",
         )
-        if group in _ID_GROUPS:
+        if group in feature_checks.VECTOR_GROUPS:
             for name in names:
                 require(
-                    name in config.features,
+                    name in config.all_features,
                     f"feature_groups.{group}",
                     names,
                     f"names {name!r}, which features does not describe",
-                    f"add features.{name} (there are: {', '.join(config.features) or 'none'})",
+                    f"add features.{name} (there are: {', '.join(config.all_features) or 'none'})",
                 )
     hstu = config.model.user_tower.hstu
     action_encoder = hstu.input_preprocessor.uih_preprocessor.action_encoder
@@ -186,37 +183,38 @@ def _check_groups(config: Config) -> None:
     for group in _SINGLE_GROUPS:
         names = config.feature_groups.get(group, ())
         require(len(names) <= 1, f"feature_groups.{group}", names, "must name one feature")
-    used = {name for group in _ID_GROUPS for name in config.feature_groups.get(group, ())}
+    groups = feature_checks.VECTOR_GROUPS
+    used = {name for group in groups for name in config.feature_groups.get(group, ())}
     for name in config.features:
         require(
             name in used,
             f"features.{name}",
             config.features[name],
             "is in no feature group, so its table would only take memory",
-            f"add it to one of {', '.join(_ID_GROUPS)}, or leave it out",
+            f"add it to one of {', '.join(groups)}, or leave it out",
         )
 
 
 def _check_tables(config: Config) -> None:
     sizes = {}
     for name, table in config.embedding_names.items():
-        feature = config.features[name]
-        size = (feature.num_buckets, feature.embedding_dim, feature.init_bound)
+        feature = config.all_features[name]
+        size = (feature.num_ids, feature.embedding_dim, feature.init_bound, feature.id_rule)
         other, other_size = sizes.setdefault(table, (name, size))
+        section = "features" if name in config.features else "raw_features"
         require(
             size == other_size,
-            f"features.{name}.embedding_name",
+            f"{section}.{name}.embedding_name",
             table,
-            f"shares a table with features.{other}, whose (num_buckets, embedding_dim, init_bound) "
-            f"is {other_size}, not {size}",
+            f"shares a table with features.{other}, whose (ids, embedding_dim, init_bound) is "
+            f"{other_size[:3]} by {other_size[3][0]}, not {size[:3]} by {size[3][0]}",
             "make them equal or give one another embedding_name",
         )
 
 
 def _check_widths(config: Config) -> None:
-    widths = {
-        n: config.features[n].embedding_dim for n in config.feature_groups.get("contextual", ())
-    }
+    features = config.all_features
+    widths = {n: features[n].width for n in config.feature_groups.get("contextual", ())}
     require(
         len(set(widths.values())) <= 1,
         "feature_groups.contextual",

@@ -8,6 +8,7 @@ of `events`; nothing is copied row by row. Next on the path: `features/windows.p
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from hstu_jax.data import schema, store_checks, store_files
+from hstu_jax.data import raw_columns, schema, store_checks, store_files
 from hstu_jax.data.records import Events, ItemTable, Windows
 
 
@@ -35,6 +36,8 @@ class EventStore:
       items: the catalogue.
       vocabularies: category column -> its strings; string number j has category id j + 1.
       stats: contents of `stats.json`.
+      features: further columns that features may read: of users.parquet and items.parquet, or, of
+        a store made of list columns, of their rows.
     """
 
     path: pathlib.Path
@@ -44,6 +47,7 @@ class EventStore:
     items: ItemTable
     vocabularies: dict[str, list[str]]
     stats: dict[str, Any]
+    features: raw_columns.FeatureColumns = raw_columns.FeatureColumns()
 
     @property
     def num_users(self) -> int:
@@ -56,8 +60,16 @@ class EventStore:
         return len(self.items)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the columns' contents, from `stats.json`; equal data, equal fingerprint."""
-        return str(self.stats["content_sha256"])
+        """SHA-256 of the columns' contents; equal data, equal fingerprint.
+
+        From `stats.json`, and with the further columns of users and items if there are any.
+        """
+        recorded = str(self.stats["content_sha256"])
+        if self.features.window is not None or not (self.features.user or self.features.item):
+            return recorded
+        digest = hashlib.sha256(recorded.encode())
+        store_files.add_feature_columns(digest, self.features)
+        return digest.hexdigest()
 
     def windows_of_split(self, split: str) -> Shaped[np.ndarray, "_"]:
         """Window numbers of "train", "validation" or "test", ascending.
@@ -112,6 +124,10 @@ def open_store(path: str | os.PathLike[str], *, verify: bool = True) -> EventSto
         items=ItemTable(item_id=items["item_id"], train_count=items["train_count"]),
         vocabularies=json.loads((folder / schema.VOCABULARIES_FILE).read_text()),
         stats=stats,
+        features=raw_columns.FeatureColumns(
+            user=store_files.read_further_columns(folder / schema.USERS_FILE),
+            item=store_files.read_further_columns(folder / schema.ITEMS_FILE),
+        ),
     )
     if verify:
         store_checks.check_values(
@@ -133,6 +149,7 @@ def write_store(
     items: ItemTable,
     vocabularies: Mapping[str, list[str]],
     stats: Mapping[str, Any],
+    item_features: Mapping[str, np.ndarray] | None = None,
     item_weight_exponent: float = 0.0,
     extra_files: Mapping[str, Callable[[pathlib.Path], None]] | None = None,
     overwrite: bool = False,
@@ -147,6 +164,7 @@ def write_store(
       items: catalogue, by item_index.
       vocabularies: category column -> strings in id order from 1.
       stats: goes into `stats.json`; format version, counts and hashes are added here.
+      item_features: further columns of items.parquet, by item_index: numbers or strings.
       item_weight_exponent: weight in the item table = train_count ** exponent (0: all 1).
       extra_files: file name -> function that writes it at the path it is given.
       overwrite: replace an event store that is already there.
@@ -169,7 +187,7 @@ def write_store(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        store_files.write_columns(temporary, events, windows, users, items)
+        store_files.write_columns(temporary, events, windows, users, items, item_features or {})
         store_files.write_item_table(
             temporary / schema.ITEM_TABLE_FILE, items, item_weight_exponent
         )

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from hstu_jax.data import schema
+from hstu_jax.data import raw_columns, schema
 from hstu_jax.data.records import Events, ItemTable, Windows
 
 
@@ -76,6 +76,30 @@ def read_parquet(path: pathlib.Path) -> dict[str, np.ndarray]:
     return columns
 
 
+def read_further_columns(path: pathlib.Path) -> dict[str, raw_columns.RawColumn]:
+    """Columns of `users.parquet` or `items.parquet` that the format does not know: side features.
+
+    Raises:
+      TypeError: a column that holds neither numbers nor strings.
+    """
+    known = {column.name for column in schema.COLUMNS_BY_FILE[path.name]}
+    names = [name for name in pa.parquet.read_schema(path).names if name not in known]
+    table = pa.parquet.read_table(path, columns=names) if names else None
+    return {
+        name: raw_columns.from_arrow(table[name], where=f"{path} column {name}") for name in names
+    }
+
+
+def add_feature_columns(digest: Any, features: raw_columns.FeatureColumns) -> None:
+    """Feeds the contents of feature columns to a hash."""
+    for kind in ("event", "user", "window", "item"):
+        for name, column in sorted((getattr(features, kind) or {}).items()):
+            for part in ("values", "codes", "offsets"):
+                values = getattr(column, part)
+                if values is not None:
+                    _add_array(digest, f"{kind}/{name}/{part}", values)
+
+
 def _check_schema(arrow_schema: pa.Schema, path: pathlib.Path) -> None:
     # Arrow prints float32 as "float" and float64 as "double".
     names = {"float": "float32", "double": "float64"}
@@ -89,6 +113,7 @@ def write_columns(
     windows: Windows,
     users: Mapping[str, np.ndarray],
     items: ItemTable,
+    item_features: Mapping[str, np.ndarray],
 ) -> None:
     """Writes the two Arrow files (uncompressed, one batch) and the two parquet files."""
     event_batch = pa.record_batch(
@@ -112,7 +137,7 @@ def write_columns(
     pa.parquet.write_table(
         pa.table({"user_index": user_index, **users}), folder / schema.USERS_FILE
     )
-    item_columns = {"item_id": items.item_id, "train_count": items.train_count}
+    item_columns = {"item_id": items.item_id, "train_count": items.train_count, **item_features}
     pa.parquet.write_table(
         pa.table({"item_index": item_index, **item_columns}), folder / schema.ITEMS_FILE
     )

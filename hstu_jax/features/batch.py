@@ -10,7 +10,7 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.hstu_attention import layout as attention_layout
 
@@ -54,7 +54,8 @@ class Batch:
     """One global batch, or a shard of it along the group axis.
 
     Slots outside every segment, unused users and masked queries hold zeros that nothing reads.
-    A segment holds a user's C contextual slots, then the history from oldest to newest.
+    A segment holds a user's C contextual slots, then the history from oldest to newest. A feature
+    is an id, -1 for none, or the float32 number of a raw feature without boundaries.
 
     Attributes:
         segment_starts: first slot of each user, row * L + slot within the group; ascending; unused
@@ -62,23 +63,23 @@ class Batch:
         segment_lengths: slots of each user, contextual ones included; 0 for unused users.
         block_pairs: (row, query block, key block) triples of the group's attention schedule.
         num_block_pairs: how many of them count.
-        history: id feature -> ids in the history slots; contextual slots hold 0.
+        history: feature -> values in the history slots; contextual slots hold 0.
         action: bitmask of what the user did with the item.
         watch_time_s: seconds watched.
         time_gap_s: query time minus event time in seconds, from int64 (DESIGN 3.6); contextual
             slots hold the query time itself, since their time is 0.
-        contextual: id feature -> the user's id.
+        contextual: feature -> the user's value, or V of them (ids: -1 behind the last).
         user_index: number of the user in the global batch, independent of packing; keys dropout.
         user_mask: user slots in use (a user may have an empty segment).
         sample_weight: weight of the losses of each user's queries, at least 0; 1 where no weights
             are configured.
-        positive: id feature -> ids of the positives.
+        positive: feature -> values of the positives.
         positive_user: user slot of each query.
         query_mask: queries in use.
         positive_log_q: log sampling probability of the positive under the negative sampler.
-        negative: id feature -> ids of the negatives that the group's queries share.
+        negative: feature -> values of the negatives that the group's queries share.
         negative_log_q: log sampling probability of each negative.
-        hard_negative: id feature -> ids of each user's own negatives, shared by the user's queries.
+        hard_negative: feature -> values of each user's own negatives, shared by the user's queries.
         hard_negative_mask: hard negatives that are there; the first slots of a user.
         hard_negative_log_q: log probability with which the negative sampler draws the item.
         block_len: tokens in a block of the schedule (static).
@@ -88,21 +89,21 @@ class Batch:
     segment_lengths: Int[AnyArray, "G U"]
     block_pairs: Int[AnyArray, "G P 3"]
     num_block_pairs: Int[AnyArray, "G"]
-    history: dict[str, Int[AnyArray, "G R L"]]
+    history: dict[str, Num[AnyArray, "G R L"]]
     action: Int[AnyArray, "G R L"]
     watch_time_s: Float[AnyArray, "G R L"]
     time_gap_s: Float[AnyArray, "G R L"]
-    contextual: dict[str, Int[AnyArray, "G U"]]
+    contextual: dict[str, Num[AnyArray, "G U ..."]]
     user_index: Int[AnyArray, "G U"]
     user_mask: Bool[AnyArray, "G U"]
     sample_weight: Float[AnyArray, "G U"]
-    positive: dict[str, Int[AnyArray, "G Q"]]
+    positive: dict[str, Num[AnyArray, "G Q"]]
     positive_user: Int[AnyArray, "G Q"]
     query_mask: Bool[AnyArray, "G Q"]
     positive_log_q: Float[AnyArray, "G Q"]
-    negative: dict[str, Int[AnyArray, "G M"]]
+    negative: dict[str, Num[AnyArray, "G M"]]
     negative_log_q: Float[AnyArray, "G M"]
-    hard_negative: dict[str, Int[AnyArray, "G U Hn"]]
+    hard_negative: dict[str, Num[AnyArray, "G U Hn"]]
     hard_negative_mask: Bool[AnyArray, "G U Hn"]
     hard_negative_log_q: Float[AnyArray, "G U Hn"]
     block_len: int

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from hstu_jax.data import event_store
 from hstu_jax.features.batch import Batch, BatchShape
@@ -81,14 +81,13 @@ def build_batch(
         The batch, and the window number of every user slot (-1 = unused).
     """
     segments = _order_segments(groups, shape)
-    windows = source.store.windows
     window = segments.window
     batch_arrays = _segment_arrays(segments, source, shape)
     batch_arrays |= _block_schedule(batch_arrays, source, shape)
     batch_arrays |= _history_arrays(segments, source, shape)
-    users = windows.user_index[window]
+    entry = source.columns.contextual_entry[window]
     batch_arrays["contextual"] = {
-        name: _scatter(shape.groups, shape.users, np.int32, segments.slot, column[users])
+        name: _scatter(shape.groups, shape.users, _dtype_of(column), segments.slot, column[entry])
         for name, column in source.columns.contextual.items()
     }
     positives, positive_arrays = _positive_arrays(segments, source, shape)
@@ -103,6 +102,16 @@ def build_batch(
     window_index[segments.slot] = window
     batch = Batch(**batch_arrays, block_len=shape.block_len)
     return batch, window_index.reshape(shape.groups, shape.users)
+
+
+def item_values(
+    columns: BatchColumns, item_index: Int[np.ndarray, "*slots"]
+) -> dict[str, Num[np.ndarray, "*slots"]]:
+    """What the candidate features are of some items."""
+    return {
+        name: column[item_index].astype(_dtype_of(column))
+        for name, column in columns.candidate.items()
+    }
 
 
 def _order_segments(groups: Sequence[GroupPlan], shape: BatchShape) -> _Segments:
@@ -179,7 +188,9 @@ def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape)
     contextual_slot = first_slot[:, None] + np.arange(source.num_contextual)
     gap.reshape(-1)[contextual_slot] = anchor[:, None]
     return {
-        "history": {name: fill(column, np.int32) for name, column in columns.history.items()},
+        "history": {
+            name: fill(column, _dtype_of(column)) for name, column in columns.history.items()
+        },
         "action": fill(columns.action, np.int32),
         "watch_time_s": fill(columns.watch_time_s, np.float32),
         "time_gap_s": gap.reshape(shape.groups, shape.rows, shape.row_len),
@@ -202,7 +213,8 @@ def _positive_arrays(
     positives = np.split(item, np.cumsum(group_counts)[:-1])
     return positives, {
         "positive": {
-            name: _scatter(*size, np.int32, slot, item) for name in source.columns.candidate
+            name: _scatter(*size, _dtype_of(column), slot, column[item])
+            for name, column in source.columns.candidate.items()
         },
         "positive_user": _scatter(*size, np.int32, slot, user),
         "query_mask": _scatter(*size, np.bool_, slot, True),
@@ -221,7 +233,7 @@ def _negative_arrays(
         drawn[group] = source.sampler.draw(group_rng(group), num=shape.negatives, excluded=excluded)
     log_q = source.sampler.log_q(drawn.reshape(-1)).reshape(drawn.shape)
     return {
-        "negative": {name: drawn.copy() for name in source.columns.candidate},
+        "negative": item_values(source.columns, drawn),
         "negative_log_q": log_q,
     }
 
@@ -251,7 +263,7 @@ def _hard_negative_arrays(
     shaped = (shape.groups, shape.users, shape.hard_negatives)
     log_q = np.where(mask, source.sampler.log_q(item.reshape(-1)).reshape(size), 0)
     return {
-        "hard_negative": {name: item.reshape(shaped).copy() for name in source.columns.candidate},
+        "hard_negative": item_values(source.columns, item.reshape(shaped)),
         "hard_negative_mask": mask.reshape(shaped),
         "hard_negative_log_q": log_q.astype(np.float32).reshape(shaped),
     }
@@ -274,10 +286,16 @@ def _history_lengths(segments: _Segments, source: BatchSource) -> np.ndarray:
 
 
 def _scatter(rows: int, width: int, dtype: type, slot: np.ndarray, values) -> np.ndarray:
-    """Zeros [rows, width] with `values` at flat positions `slot`."""
-    array = np.zeros((rows, width), dtype=dtype)
-    array.reshape(-1)[slot] = values
+    """Zeros [rows, width, ...] with `values` [slots, ...] at flat positions `slot`."""
+    further = np.shape(values)[1:]
+    array = np.zeros((rows, width, *further), dtype=dtype)
+    array.reshape(rows * width, *further)[slot] = values
     return array
+
+
+def _dtype_of(column: np.ndarray) -> type:
+    """What a batch holds of a feature: ids, or the numbers of a raw feature."""
+    return np.float32 if column.dtype == np.float32 else np.int32
 
 
 def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:

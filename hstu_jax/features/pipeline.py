@@ -7,6 +7,7 @@ where a batch's shards live (`hstu_jax.training`, which passes `device_put`).
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Literal
@@ -98,7 +99,10 @@ class Pipeline:
         self.source = packing.BatchSource(
             store=store,
             columns=columns.resolve_columns(
-                features=config.features, feature_groups=config.feature_groups, store=store
+                features=config.features,
+                raw_features=config.raw_features,
+                feature_groups=config.feature_groups,
+                store=store,
             ),
             sampler=sampler,
             num_contextual=config.num_contextual,
@@ -123,6 +127,19 @@ class Pipeline:
     def shapes(self) -> tuple[BatchShape, ...]:
         """Every shape that a batch of this pipeline can have; one compilation each."""
         return self._shapes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out on reading, and missing or unknown in the features' columns."""
+        return (*self._store.features.notes, *self.source.columns.notes)
+
+    def fingerprint(self) -> str:
+        """Changes with the data, and with the words of vocabulary files; decides who may resume."""
+        digest = hashlib.sha256(self._store.fingerprint().encode())
+        files = {n: f for n, f in self._config.features.items() if f.vocab_file}
+        for name, feature in sorted(files.items()):
+            digest.update("\n".join((name, *feature.words())).encode())
+        return digest.hexdigest() if files else self._store.fingerprint()
 
     def num_steps(self, epoch: int) -> int:
         """Batches of an epoch, from 0. Packed epochs may differ by a batch."""
@@ -313,7 +330,10 @@ def _build_sampler(
             )
         with path.open() as file:
             weights = item_weights.table_weights(
-                file, num_items=store.num_items, path=config.input_path
+                file,
+                num_items=store.num_items,
+                path=config.input_path,
+                item_key=store.features.item_key,
             )
         return negatives.NegativeSampler(weights, origin=config.input_path)
     weights = item_weights.train_count_weights(

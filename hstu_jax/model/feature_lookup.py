@@ -7,10 +7,11 @@ and hands the vectors back. Next on the path: `match.py`.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from hstu_jax.config import schema
 from hstu_jax.features import batch as batch_lib
@@ -21,18 +22,33 @@ Lookups = lookups_lib.Lookups
 
 
 @dataclasses.dataclass(frozen=True)
-class LookupPlan:
-    """Static: the id features of each group, in group order, with their tables.
+class Use:
+    """A feature of a group.
 
     Attributes:
-        history: (feature, table) of the group `uih`.
-        contextual: (feature, table) of the group `contextual`; each feature is one token.
-        candidate: (feature, table) of the group `candidate`.
+        feature: its name.
+        table: where its ids are looked up; None = the batch holds the numbers themselves.
+        pooling: of several values.
     """
 
-    history: tuple[tuple[str, str], ...]
-    contextual: tuple[tuple[str, str], ...]
-    candidate: tuple[tuple[str, str], ...]
+    feature: str
+    table: str | None
+    pooling: Literal["sum", "mean"] = "sum"
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupPlan:
+    """Static: the features of each group, in group order, with their tables.
+
+    Attributes:
+        history: of the group `uih`.
+        contextual: of the group `contextual`; each feature is one token.
+        candidate: of the group `candidate`.
+    """
+
+    history: tuple[Use, ...]
+    contextual: tuple[Use, ...]
+    candidate: tuple[Use, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +63,10 @@ def make_plan(config: schema.Config) -> LookupPlan:
     """The plan of a configuration."""
     tables = config.embedding_names
 
-    def uses(group: str) -> tuple[tuple[str, str], ...]:
-        return tuple((name, tables[name]) for name in config.feature_groups.get(group, ()))
+    def uses(group: str) -> tuple[Use, ...]:
+        names = config.feature_groups.get(group, ())
+        poolings = {name: feature.pooling for name, feature in config.features.items()}
+        return tuple(Use(n, tables.get(n), poolings.get(n, "sum")) for n in names)
 
     return LookupPlan(uses("uih"), uses("contextual"), uses("candidate"))
 
@@ -64,25 +82,22 @@ def history_mask(batch: batch_lib.Batch, *, contextual_len: int) -> Bool[Array, 
 def batch_ids(plan: LookupPlan, batch: batch_lib.Batch) -> dict[str, TableIds]:
     """Every id of the batch, by table, in the order that `to_lookups` expects."""
     history = history_mask(batch, contextual_len=len(plan.contextual))
-    parts = [(table, batch.history[name], history) for name, table in plan.history]
-    parts += [(table, batch.contextual[name], batch.user_mask) for name, table in plan.contextual]
-    parts += [(table, batch.positive[name], batch.query_mask) for name, table in plan.candidate]
+    parts = [(use, batch.history[use.feature], history) for use in plan.history]
+    parts += [(use, batch.contextual[use.feature], batch.user_mask) for use in plan.contextual]
+    parts += [(use, batch.positive[use.feature], batch.query_mask) for use in plan.candidate]
+    every_negative = jnp.ones(batch.negative_log_q.shape, bool)
+    parts += [(use, batch.negative[use.feature], every_negative) for use in plan.candidate]
     parts += [
-        (table, batch.negative[name], jnp.ones(batch.negative[name].shape, bool))
-        for name, table in plan.candidate
-    ]
-    parts += [
-        (table, batch.hard_negative[name], batch.hard_negative_mask)
-        for name, table in plan.candidate
+        (use, batch.hard_negative[use.feature], batch.hard_negative_mask) for use in plan.candidate
     ]
     return _by_table(parts)
 
 
 def item_ids(
-    plan: LookupPlan, items: Mapping[str, Int[Array, "N"]], valid: Bool[Array, "N"]
+    plan: LookupPlan, items: Mapping[str, Num[Array, "N"]], valid: Bool[Array, "N"]
 ) -> dict[str, TableIds]:
     """The ids that the item tower alone needs: one item per entry."""
-    return _by_table([(table, items[name], valid) for name, table in plan.candidate])
+    return _by_table([(use, items[use.feature], valid) for use in plan.candidate])
 
 
 def to_lookups(
@@ -90,31 +105,33 @@ def to_lookups(
 ) -> Lookups:
     """The model's inputs from the vectors of `batch_ids`."""
     take = _Taker(vectors)
-    history = take.group(plan.history, batch.time_gap_s.shape)
-    contextual = take.tokens(plan.contextual, batch.user_mask.shape)
-    positive = take.group(plan.candidate, batch.query_mask.shape)
-    negative = take.group(plan.candidate, batch.negative_log_q.shape)
-    hard_negative = take.group(plan.candidate, batch.hard_negative_mask.shape)
     return Lookups(
-        history=history,
-        contextual=contextual,
-        positive=positive,
-        negative=negative,
-        hard_negative=hard_negative,
+        history=take.group(plan.history, batch.history),
+        contextual=take.tokens(plan.contextual, batch.contextual, batch.user_mask.shape),
+        positive=take.group(plan.candidate, batch.positive),
+        negative=take.group(plan.candidate, batch.negative),
+        hard_negative=take.group(plan.candidate, batch.hard_negative),
     )
 
 
 def to_item_inputs(
-    plan: LookupPlan, vectors: Mapping[str, Float[Array, "n _"]], *, num_items: int
+    plan: LookupPlan,
+    vectors: Mapping[str, Float[Array, "n _"]],
+    items: Mapping[str, Num[Array, "N"]],
 ) -> Float[Array, "N F"]:
-    """The item tower's input from the vectors of `item_ids`."""
-    return _Taker(vectors).group(plan.candidate, (num_items,))
+    """The item tower's input from the vectors of `item_ids` and the items themselves."""
+    return _Taker(vectors).group(plan.candidate, items)
 
 
-def _by_table(parts: list[tuple[str, jax.Array, jax.Array]]) -> dict[str, TableIds]:
+def _by_table(parts: list[tuple[Use, jax.Array, jax.Array]]) -> dict[str, TableIds]:
+    """Occurrences by table; an id of -1 (no id) counts as a slot that holds nothing."""
     grouped: dict[str, list] = {}
-    for table, ids, valid in parts:
-        grouped.setdefault(table, []).append((ids.reshape(-1), valid.reshape(-1)))
+    for use, ids, valid in parts:
+        if use.table is None:
+            continue
+        valid = valid.reshape(*valid.shape, *(1,) * (ids.ndim - valid.ndim))
+        valid = jnp.broadcast_to(valid, ids.shape) & (ids >= 0)
+        grouped.setdefault(use.table, []).append((ids.reshape(-1), valid.reshape(-1)))
     return {
         table: TableIds(*(jnp.concatenate(column) for column in zip(*uses, strict=True)))
         for table, uses in grouped.items()
@@ -128,20 +145,36 @@ class _Taker:
         self._vectors = vectors
         self._taken = dict.fromkeys(vectors, 0)
 
-    def _take(self, table: str, shape: tuple[int, ...]) -> jax.Array:
-        start, size = self._taken[table], 1
-        for length in shape:
-            size *= length
-        self._taken[table] = start + size
-        vectors = self._vectors[table]
-        return vectors[start : start + size].reshape(*shape, vectors.shape[-1])
+    def _take(self, use: Use, values: jax.Array, num_axes: int) -> jax.Array:
+        """[*slots, width] of a feature's `values` [*slots] or [*slots, V]; `num_axes` of slots."""
+        if use.table is None:
+            return values[..., None] if values.ndim == num_axes else values
+        start, size = self._taken[use.table], values.size
+        self._taken[use.table] = start + size
+        vectors = self._vectors[use.table]
+        vectors = vectors[start : start + size].reshape(*values.shape, vectors.shape[-1])
+        return vectors if values.ndim == num_axes else _pool(vectors, values >= 0, use.pooling)
 
-    def group(self, uses: tuple[tuple[str, str], ...], shape: tuple[int, ...]) -> jax.Array:
+    def group(self, uses: tuple[Use, ...], values: Mapping[str, jax.Array]) -> jax.Array:
         """Features of a group side by side on the last axis."""
-        return jnp.concatenate([self._take(table, shape) for _, table in uses], axis=-1)
+        taken = [self._take(use, values[use.feature], values[use.feature].ndim) for use in uses]
+        return jnp.concatenate(taken, axis=-1)
 
-    def tokens(self, uses: tuple[tuple[str, str], ...], shape: tuple[int, ...]) -> jax.Array:
+    def tokens(
+        self, uses: tuple[Use, ...], values: Mapping[str, jax.Array], shape: tuple[int, ...]
+    ) -> jax.Array:
         """Features of a group as tokens: [*shape, C, Cf]."""
         if not uses:
             return jnp.zeros((*shape, 0, 0), jnp.float32)
-        return jnp.stack([self._take(table, shape) for _, table in uses], axis=-2)
+        taken = [self._take(use, values[use.feature], len(shape)) for use in uses]
+        return jnp.stack(taken, axis=-2)
+
+
+def _pool(
+    vectors: Float[Array, "*slots V F"], is_value: Bool[Array, "*slots V"], pooling: str
+) -> Float[Array, "*slots F"]:
+    """Sum over the values that are there, or their mean; zeros where there is none."""
+    total = jnp.sum(jnp.where(is_value[..., None], vectors, 0.0), axis=-2)
+    if pooling == "sum":
+        return total
+    return total / jnp.maximum(jnp.sum(is_value, axis=-1, dtype=total.dtype), 1.0)[..., None]

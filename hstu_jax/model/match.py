@@ -119,14 +119,14 @@ class HstuMatch(nn.Module):
 
 def build_model(
     config: model_schema.ModelConfig,
-    features: Mapping[str, schema.IdFeature],
+    features: Mapping[str, schema.IdFeature | schema.RawFeature],
     feature_groups: Mapping[str, tuple[str, ...]],
 ) -> HstuMatch:
     """The modules that a configuration describes.
 
     Args:
         config: `Config.model`.
-        features: `Config.features`, for the widths of the embeddings.
+        features: `Config.all_features`, for the widths of the embeddings.
         feature_groups: `Config.feature_groups`.
 
     Raises:
@@ -173,17 +173,17 @@ def init_params(model: HstuMatch, key: PRNGKeyArray) -> dict:
 
 
 def _input_widths(features, feature_groups) -> InputWidths:
-    contextual = [features[name].embedding_dim for name in feature_groups.get("contextual", ())]
+    contextual = [features[name].width for name in feature_groups.get("contextual", ())]
     if len(set(contextual)) > 1:
         raise ValueError(
             f"feature_groups.contextual={tuple(feature_groups['contextual'])}: embedding_dim must "
             f"be the same for all, got {tuple(contextual)}; choose one."
         )
     return InputWidths(
-        history=sum(features[name].embedding_dim for name in feature_groups["uih"]),
+        history=sum(features[name].width for name in feature_groups["uih"]),
         contextual_len=len(contextual),
         contextual=contextual[0] if contextual else 0,
-        candidate=sum(features[name].embedding_dim for name in feature_groups["candidate"]),
+        candidate=sum(features[name].width for name in feature_groups["candidate"]),
     )
 
 

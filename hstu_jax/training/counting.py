@@ -7,7 +7,7 @@ evaluation of the loop and in the closing table.
 import numpy as np
 
 from hstu_jax.config import schema
-from hstu_jax.data import event_store, records, windowing
+from hstu_jax.data import event_store, list_store, records, windowing
 from hstu_jax.data import schema as data_schema
 from hstu_jax.metrics import baselines
 from hstu_jax.training import evaluation
@@ -69,7 +69,8 @@ def _training_windows(store: event_store.EventStore) -> dict[str, baselines.Wind
     """What pairs may be counted in: the training windows, and days if those are something else."""
     windows = {"the training windows": _windows(store, store.windows, "train")}
     recorded = dict(store.stats["window_options"])
-    if recorded["mode"] != "day":
+    # Windows of list columns are the rows themselves; their events are no log to cut again.
+    if recorded["mode"] not in ("day", list_store.WINDOW_MODE):
         recorded |= {"mode": "day", "positive_actions": tuple(recorded["positive_actions"])}
         options = windowing.WindowOptions(**recorded)
         days = windowing.build_windows(store.events, options=options).windows

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from hstu_jax.config import schema
 from hstu_jax.data import event_store
+from hstu_jax.features import packing
 from hstu_jax.metrics import catalogue, ranking
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
@@ -175,7 +176,8 @@ def item_vectors(run: run_lib.Run, state: state_lib.TrainState) -> Float[np.ndar
     for start in range(0, num_items, block):
         items = np.arange(start, start + block, dtype=np.int32)
         valid = items < num_items
-        ids = {name: np.where(valid, items, 0) for name, _ in run.program.plan.candidate}
+        index = np.where(valid, items, 0)
+        ids = packing.item_values(run.pipeline.source.columns, index)
         vectors = jax.device_get(run.item_step(state, run.put((ids, valid))))
         parts.append(vectors[valid])
     return np.concatenate(parts)

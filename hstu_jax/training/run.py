@@ -66,7 +66,7 @@ class Run:
         schedules = self.config.train.schedules
         return checkpoint.Record(
             config=resolve.to_text(self.config),
-            data_fingerprint=self.store.fingerprint(),
+            data_fingerprint=self.pipeline.fingerprint(),
             num_steps=self.num_steps,
             log_sums=log_sums,
             train_metrics=train_metrics,
@@ -101,7 +101,7 @@ def build_run(
 
     Args:
         config: the configuration.
-        store: the opened event store that `config.data.path` names.
+        store: the opened data that `config.data` names.
         devices: devices of the mesh; None takes all.
 
     Raises:
@@ -183,6 +183,7 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
             f"the slots used; {epoch.truncated_windows:,} windows lost their oldest items "
             f"({epoch.dropped_tokens:,}), {epoch.empty_histories:,} have no history",
             *([f"          {hard}"] if hard else []),
+            *(f"          {note}" for note in run.pipeline.notes),
         ]
     )
 

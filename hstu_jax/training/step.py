@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Num
 
 from hstu_jax.config import schema, train_schema
 from hstu_jax.features import batch as batch_lib
@@ -79,15 +79,15 @@ class StepMetrics:
 
 def make_program(config: schema.Config, *, run_length: schedules.RunLength) -> Program:
     """The steps of a configuration."""
-    features, tables = config.features, config.embedding_names
+    features = config.all_features
     specs = {
-        tables[name]: table_spec.TableSpec(
-            name=tables[name],
-            num_rows=feature.num_buckets,
-            dim=feature.embedding_dim,
-            init_bound=feature.init_bound,
+        table: table_spec.TableSpec(
+            name=table,
+            num_rows=features[name].num_ids,
+            dim=features[name].embedding_dim,
+            init_bound=features[name].init_bound,
         )
-        for name, feature in features.items()
+        for name, table in config.embedding_names.items()
     }
     return Program(
         config=config,
@@ -286,7 +286,7 @@ def eval_step(
 
 def item_step(
     train_state: state.TrainState,
-    items: tuple[dict[str, Int[Array, "N"]], Bool[Array, "N"]],
+    items: tuple[dict[str, Num[Array, "N"]], Bool[Array, "N"]],
     *,
     program: Program,
 ) -> Float[Array, "N E"]:
@@ -294,13 +294,13 @@ def item_step(
 
     Args:
         train_state: this shard's state.
-        items: (candidate feature -> ids, valid) of this shard's items.
+        items: (candidate feature -> values, valid) of this shard's items.
         program: static.
     """
     ids, valid = items
     unique, picked = fetch(program, train_state, feature_lookup.item_ids(program.plan, ids, valid))
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
-    embeddings = feature_lookup.to_item_inputs(program.plan, vectors, num_items=valid.shape[0])
+    embeddings = feature_lookup.to_item_inputs(program.plan, vectors, ids)
     return program.model.apply({"params": train_state.params}, embeddings, method="item")
 
 

@@ -12,7 +12,7 @@ import pytest
 from configs import kuairand as kuairand_config
 from hstu_jax.config import resolve
 from hstu_jax.data import event_store, sample_weights, sampler_files, windowing
-from hstu_jax.features import columns
+from hstu_jax.features import columns, id_mapping
 
 
 def with_field(path, value):
@@ -112,7 +112,7 @@ REFUSED = {
         "events.arrow: columns of unequal length",
     ),
     "ids out of range": (
-        lambda folder, parts: columns.check_ids(int64(3, 9, 12), feature="video", num_buckets=9),
+        lambda folder, parts: id_mapping.check_ids(int64(3, 9, 12), feature="video", num_buckets=9),
         ValueError,
         "features.video.num_buckets=9: id 9 is outside 0..8 (2 such values in all); set it to at",
     ),

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hstu_jax.features import columns
+from hstu_jax.features import columns, id_mapping
 
 
 def _resolve(config, store):
@@ -26,7 +26,9 @@ def test_every_group_reads_its_column(make_store, make_config):
     np.testing.assert_array_equal(found.contextual["user_id"], [0, 1, 2])
     second = list(found.contextual)[1]
     np.testing.assert_array_equal(found.contextual[second], store.users[second])
-    assert found.candidate == ("cand_seq__video_id",)
+    np.testing.assert_array_equal(found.contextual_entry, store.windows.user_index)
+    assert list(found.candidate) == ["cand_seq__video_id"]
+    np.testing.assert_array_equal(found.candidate["cand_seq__video_id"], np.arange(50))
 
 
 def test_absent_groups_are_none(make_store, make_config):
@@ -82,9 +84,9 @@ def test_negative_ids_are_refused():
     with pytest.raises(
         ValueError, match=r"features\.a\.num_buckets=5: id -1 is outside 0\.\.4 \(2 "
     ):
-        columns.check_ids(ids, feature="a", num_buckets=5)
-    columns.check_ids(np.arange(5), feature="a", num_buckets=5)
-    columns.check_ids(np.empty(0, np.int64), feature="a", num_buckets=5)
+        id_mapping.check_ids(ids, feature="a", num_buckets=5)
+    id_mapping.check_ids(np.arange(5), feature="a", num_buckets=5)
+    id_mapping.check_ids(np.empty(0, np.int64), feature="a", num_buckets=5)
 
 
 def test_candidate_table_must_hold_the_whole_catalogue(make_store, make_config):

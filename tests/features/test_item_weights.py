@@ -10,8 +10,10 @@ from hstu_jax.features import item_weights, pipeline
 HEADER = "id:int64\tweight:float\tattrs:string\n"
 
 
-def _read(text, *, num_items=5):
-    return item_weights.table_weights(io.StringIO(text), num_items=num_items, path="items.tsv")
+def _read(text, *, num_items=5, item_key=None):
+    return item_weights.table_weights(
+        io.StringIO(text), num_items=num_items, path="items.tsv", item_key=item_key
+    )
 
 
 def test_lines_in_any_order_and_items_without_a_line():
@@ -40,6 +42,24 @@ def test_lines_in_any_order_and_items_without_a_line():
 def test_broken_tables_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         _read(text)
+
+
+def test_items_of_list_columns_are_named_by_their_own_ids():
+    key = np.array([70, 5, 9])
+    weights = _read(HEADER + "9\t3\t\n70\t1\t\n", num_items=3, item_key=key)
+    np.testing.assert_array_equal(weights, [1, 0, 3])
+    with pytest.raises(ValueError, match=r"entry 1: id=8: is no item of the list columns \(2 such"):
+        _read(HEADER + "8\t3\t\n99\t1\t\n", num_items=3, item_key=key)
+    words = np.array(["v9", "a", "long name"])
+    text = HEADER.replace("int64", "string")
+    weights = _read(text + "long name\t3\t\nv9\t1\t\n", num_items=3, item_key=words)
+    np.testing.assert_array_equal(weights, [1, 0, 3])
+    with pytest.raises(ValueError, match="line 1: header .*'id:int64'.*: must be .*'id:string'"):
+        _read(HEADER, num_items=3, item_key=words)
+    with pytest.raises(ValueError, match="a line is not `id<TAB>weight<TAB>attrs`"):
+        _read(text + "a\n", num_items=3, item_key=words)
+    with pytest.raises(ValueError, match="entry 2: id=a: on an earlier line already"):
+        _read(text + "a\t1\t\na\t2\t\n", num_items=3, item_key=words)
 
 
 def test_pipeline_draws_by_the_table(make_store, make_config, tmp_path):
