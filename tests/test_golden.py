@@ -16,16 +16,16 @@ import pytest
 from hstu_jax.model import encoder, normalization, stu, time_buckets
 from hstu_jax.tables import update
 from pallas_kernels.hstu_attention import api as attention
-from tests import golden_cases, golden_model_runners, golden_runners
+from tests import golden_cases, golden_model_runners, golden_runners, golden_stack_runners
 
 FOLDER, IS_WHOLE = golden_cases.golden_folder()
 CASES = golden_cases.load_cases(FOLDER)
 SUPPORTED = [case for case in CASES if not golden_cases.not_yet_supported(case)]
 
 RUNNERS = {
-    "hstu_mha": golden_runners.run_attention,
-    "STUStack": golden_runners.run_stu_stack,
-    "HSTUPositionalEncoder": golden_runners.run_positional_encoder,
+    "hstu_mha": golden_stack_runners.run_attention,
+    "STUStack": golden_stack_runners.run_stu_stack,
+    "HSTUPositionalEncoder": golden_stack_runners.run_positional_encoder,
     "SimpleActionEncoder": golden_runners.run_action_encoder,
     "SimpleContextualizedMLP": golden_runners.run_simple_mlp,
     "SwishLayerNorm": golden_runners.run_swish_layer_norm,

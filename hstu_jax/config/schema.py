@@ -195,6 +195,7 @@ class Config:
         _check_tables(self)
         _check_widths(self)
         _check_rows(self)
+        _check_mask(self)
         _check_aligned(self)
 
     @property
@@ -320,6 +321,18 @@ def _check_rows(config: Config) -> None:
         data.tokens_per_group,
         "must hold at least one user with the longest history",
         f"use {longest} or more, or 0 to have it chosen",
+    )
+
+
+def _check_mask(config: Config) -> None:
+    hstu = config.model.user_tower.hstu
+    require(
+        hstu.stu.contextual_seq_len <= config.num_contextual,
+        "model.user_tower.hstu.stu.contextual_seq_len",
+        hstu.stu.contextual_seq_len,
+        f"must not exceed the {config.num_contextual} tokens of feature_groups.contextual, which "
+        "may be all that a segment holds",
+        "use -1 for all of them",
     )
 
 

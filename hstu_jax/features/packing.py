@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hstu_jax.data import event_store
+from hstu_jax.features import sequence_rules
 from hstu_jax.features.batch import Batch, BatchShape
 from hstu_jax.features.columns import BatchColumns
 from hstu_jax.features.negatives import NegativeSampler
@@ -30,6 +31,7 @@ class BatchSource:
         num_contextual: C, contextual slots in front of every history.
         max_seq_len: history items kept, the newest.
         rule: the attention mask, for the block schedule.
+        tail_len: history items that layers behind the truncation see; 0 = no truncation.
     """
 
     store: event_store.EventStore
@@ -38,6 +40,7 @@ class BatchSource:
     num_contextual: int
     max_seq_len: int
     rule: attention_layout.MaskRule
+    tail_len: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,7 @@ def build_batch(
     window = segments.window
     batch_arrays = _segment_arrays(segments, source, shape)
     batch_arrays |= _block_schedule(batch_arrays, source, shape)
+    batch_arrays |= _tail(batch_arrays, source, shape)
     batch_arrays |= _history_arrays(segments, source, shape)
     users = windows.user_index[window]
     batch_arrays["contextual"] = {
@@ -137,6 +141,21 @@ def _block_schedule(segment_arrays: dict, source: BatchSource, shape: BatchShape
             max_pairs=capacity,
         )
     return {"block_pairs": pairs, "num_block_pairs": counts}
+
+
+def _tail(segment_arrays: dict, source: BatchSource, shape: BatchShape) -> dict:
+    if not source.tail_len:
+        return {}
+    tail = sequence_rules.plan_tail(
+        segment_arrays["segment_lengths"],
+        num_contextual=source.num_contextual,
+        tail_len=source.tail_len,
+        row_len=shape.tail_row_len,
+        block_len=shape.tail_block_len,
+        max_pairs=shape.tail_block_pairs,
+        rule=source.rule,
+    )
+    return {"tail": tail}
 
 
 def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape) -> dict:

@@ -22,6 +22,7 @@ def batch_shapes(
     mean_history_len: float,
     max_positives: int,
     num_negatives: int,
+    tail_len: int = 0,
 ) -> tuple[BatchShape, ...]:
     """Every shape of a run, by ascending row length; packed batches have exactly one.
 
@@ -37,6 +38,7 @@ def batch_shapes(
             packed token budget when `data.tokens_per_group` is 0.
         max_positives: positives of the fullest window.
         num_negatives: M, negatives of a group.
+        tail_len: history items that layers behind a truncation see; 0 = no truncation.
 
     Raises:
         ValueError: the positives of a window do not fit `data.queries_per_group`.
@@ -64,6 +66,7 @@ def batch_shapes(
             queries=queries,
             negatives=num_negatives,
             block_len=min(data.block_len, row_len),
+            tail_segment_len=min(num_contextual + tail_len, row_len) if tail_len else 0,
         )
         for rows, row_len in sizes
     )
