@@ -90,7 +90,6 @@ def _uses_layer_norm_mlp(case: Case) -> bool:
 
 # (option, why it is not here yet, which cases use it). The list must shrink to nothing.
 NOT_YET_SUPPORTED: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
-    ("delta attention", "cached decoding is a later issue", lambda c: c.op == "delta_hstu_mha"),
     (
         "parameterized action MLP",
         "parameterized_mlp is a field of the next issue",

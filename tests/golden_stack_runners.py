@@ -55,6 +55,38 @@ def run_attention(case: golden_cases.Case) -> None:
     check(case, "o", fn, inputs, {}, _A, name_of=lambda grads: {})
 
 
+def run_delta_attention(case: golden_cases.Case) -> None:
+    """Family A: `delta_hstu_mha`, the same number of new tokens for every user."""
+    args = case.args
+    rule = attention_mask.MaskRule(
+        contextual_len=args["contextual_seq_len"],
+        max_attn_len=args["max_attn_len"],
+        min_full_attn_len=args.get("min_full_attn_seq_len", 0),
+    )
+    targets = case.arrays.get("in.num_targets")
+    targets = None if targets is None else targets.astype(np.int32)
+    placement = place(args["lengths"], rule=rule)
+    divisor = args["scaling_seqlen"] if args["scaling_seqlen"] > 0 else args["max_seq_len"]
+
+    def fn(params, inputs):
+        del params
+        query = inputs["delta_q"]
+        out = attention.hstu_attention_delta(
+            query.reshape(len(placement.lengths), args["delta_size"], *query.shape[1:]),
+            to_grid(placement, inputs["k"]),
+            to_grid(placement, inputs["v"]),
+            layout=placement.layout(targets),
+            rule=rule,
+            alpha=args["alpha"],
+            divisor=float(divisor),
+            num_targets=targets,
+        )
+        return out.reshape(-1, *out.shape[2:])
+
+    inputs = {name: jnp.asarray(case[f"in.{name}"]) for name in ("delta_q", "k", "v")}
+    check(case, "o", fn, inputs, {}, _A, name_of=lambda grads: {})
+
+
 def stu_config(fields: dict) -> model_schema.StuConfig:
     """`stu` section from the reference's fields, without those that it reads for speed only or,
     beside semi-local attention, not at all."""

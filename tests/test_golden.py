@@ -24,6 +24,7 @@ SUPPORTED = [case for case in CASES if not golden_cases.not_yet_supported(case)]
 
 RUNNERS = {
     "hstu_mha": golden_stack_runners.run_attention,
+    "delta_hstu_mha": golden_stack_runners.run_delta_attention,
     "STUStack": golden_stack_runners.run_stu_stack,
     "HSTUPositionalEncoder": golden_stack_runners.run_positional_encoder,
     "SimpleActionEncoder": golden_runners.run_action_encoder,
