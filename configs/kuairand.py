@@ -109,6 +109,8 @@ def _small(c) -> None:
     stu = c.model.user_tower.hstu.stu
     stu.embedding_dim, stu.num_heads, stu.hidden_dim, stu.attention_dim = 128, 4, 32, 16
     stu.output_dropout_ratio, stu.use_group_norm, stu.qk_bias_init = 0.2, True, 1.0
+    # Short rows of a narrow layer fit any memory; time is what counts.
+    stu.recompute_normed_x, stu.recompute_uvqk = False, False
     hstu = c.model.user_tower.hstu
     hstu.input_dropout_ratio, hstu.attn_num_layers = 0.0, 1
     c.model.user_tower.max_seq_len = 26  # with 6 contextual tokens: rows of one attention block

@@ -81,15 +81,6 @@ def load_cases(folder: pathlib.Path) -> list[Case]:
     return cases
 
 
-def _has_targets(case: Case) -> bool:
-    return bool(np.any(case.arrays.get("in.num_targets", 0)))
-
-
-def _truncates(case: Case) -> bool:
-    tail_len = case.args.get("encoder", {}).get("attn_truncation_tail_len", 0)
-    return tail_len > 0 or bool(case.args.get("stack"))
-
-
 def _uses_layer_norm_mlp(case: Case) -> bool:
     return bool(case.args.get("use_ln") or case.args.get("use_bn")) or (
         "use_ln: true" in case.args.get("config", "")
@@ -99,17 +90,6 @@ def _uses_layer_norm_mlp(case: Case) -> bool:
 
 # (option, why it is not here yet, which cases use it). The list must shrink to nothing.
 NOT_YET_SUPPORTED: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
-    ("delta attention", "cached decoding is a later issue", lambda c: c.op == "delta_hstu_mha"),
-    (
-        "mid-stack truncation",
-        "attn_truncation_* are fields of the next issue",
-        _truncates,
-    ),
-    (
-        "targets",
-        "ranking variants only; attention itself supports them",
-        lambda c: c.op in ("STUStack", "HSTUPositionalEncoder") and _has_targets(c),
-    ),
     (
         "parameterized action MLP",
         "parameterized_mlp is a field of the next issue",

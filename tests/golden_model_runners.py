@@ -13,7 +13,7 @@ import numpy as np
 from hstu_jax.config import model_schema, schema
 from hstu_jax.model import encoder, match, reference_weights
 from hstu_jax.model import lookups as model_lookups
-from tests import golden_cases, golden_runners, golden_scoring
+from tests import golden_cases, golden_runners, golden_scoring, golden_stack_runners
 from tests.model import batches
 
 # From the recorder's notes: (forward atol, rtol), (gradient atol, rtol).
@@ -37,7 +37,7 @@ def hstu_config(args: dict) -> model_schema.HstuConfig:
         )
     (postprocessor,) = args["output_postprocessor"]
     return model_schema.HstuConfig(
-        stu=model_schema.StuConfig(**args["stu"]),
+        stu=golden_stack_runners.stu_config(args["stu"]),
         input_dropout_ratio=args["input_dropout_ratio"],
         attn_num_layers=args["attn_num_layers"],
         positional_encoder=model_schema.PositionalEncoderConfig(**args["positional_encoder"]),
@@ -47,7 +47,11 @@ def hstu_config(args: dict) -> model_schema.HstuConfig:
             )
         ),
         output_postprocessor=postprocessor.removesuffix("_postprocessor"),
+        **{name: args.get(name, 0) for name in _TRUNCATION},
     )
+
+
+_TRUNCATION = ("attn_truncation_split_layer", "attn_truncation_tail_len")
 
 
 def _features(history: int, contextual: list[int], candidate: int):
@@ -65,10 +69,12 @@ def _features(history: int, contextual: list[int], candidate: int):
     return features, groups
 
 
-def _batch(case, uih_lengths, contextual_len, rule, keys, **sizes):
+def _batch(case, uih_lengths, contextual_len, stack, tail_len, keys, **sizes):
     """The recorded users packed into rows; side features and gaps of contextual slots included."""
     lengths = np.asarray(uih_lengths) + contextual_len
-    placement = golden_runners.place(lengths, rule=rule)
+    placement = golden_runners.place(lengths, rule=stack.layers[0].rule)
+    if tail_len:
+        sizes["tail"] = placement.tail(num_contextual=contextual_len, tail_len=tail_len)
     is_history = np.concatenate([np.arange(n) >= contextual_len for n in lengths])
 
     def per_token(values):
@@ -101,10 +107,11 @@ def run_encoder(case: golden_cases.Case) -> None:
     """Family E: `HSTUMatchEncoder`."""
     args = dict(case.args["encoder"])
     contextual_len, width = args["max_contextual_seq_len"], args["contextual_feature_dim"]
-    if args["scaling_seqlen"] < 0:
-        args["scaling_seqlen"] = max(case.args["uih_lengths"]) + contextual_len
-    args["stu"] = {**args["stu"], "scaling_seqlen": args["scaling_seqlen"]}
+    longest = max(case.args["uih_lengths"])
+    divisor = args["scaling_seqlen"] if args["scaling_seqlen"] > 0 else longest + contextual_len
+    args["stu"] = {**args["stu"], "scaling_seqlen": divisor}
     hstu = hstu_config(args)
+    tail_len = hstu.attn_truncation_tail_len
     features, groups = _features(
         args["uih_embedding_dim"], [width] * contextual_len, hstu.stu.embedding_dim
     )
@@ -112,14 +119,20 @@ def run_encoder(case: golden_cases.Case) -> None:
     user_encoder = match.build_model(config, features, groups).user_tower.encoder
     user_encoder = user_encoder.clone(parent=None)
     assert isinstance(user_encoder, encoder.HstuEncoder)
+    if tail_len and args["scaling_seqlen"] < 0:  # the longest row shrinks with the truncation
+        stack, cut = user_encoder.stack, float(min(longest, tail_len) + contextual_len)
+        layers = tuple(
+            layer.clone(divisor=cut) if index >= stack.split_layer else layer
+            for index, layer in enumerate(stack.layers)
+        )
+        user_encoder = user_encoder.clone(stack=stack.clone(layers=layers))
     keys = {
         "timestamp": "in.uih_timestamp.sequence",
         "action": "in.uih_action.sequence",
         "watch_time": "in.uih_watchtime.sequence",
     }
-    rule = user_encoder.stack.layers[0].rule
     placement, history_tokens, batch = _batch(
-        case, case.args["uih_lengths"], contextual_len, rule, keys
+        case, case.args["uih_lengths"], contextual_len, user_encoder.stack, tail_len, keys
     )
     batch = jax.tree.map(jnp.asarray, batch)
     num_users = len(placement.lengths)
@@ -236,7 +249,8 @@ def run_match(case: golden_cases.Case) -> None:
         case,
         case["in.uih_lengths"],
         len(contextual),
-        model.user_tower.encoder.stack.layers[0].rule,
+        model.user_tower.encoder.stack,
+        config.user_tower.hstu.attn_truncation_tail_len,
         keys,
         num_queries=num_queries,
         num_negatives=num_negatives,

@@ -23,6 +23,7 @@ from tests import (
     golden_optimizer_runners,
     golden_runners,
     golden_scoring,
+    golden_stack_runners,
     golden_training_runners,
 )
 
@@ -31,9 +32,10 @@ CASES = golden_cases.load_cases(FOLDER)
 SUPPORTED = [case for case in CASES if not golden_cases.not_yet_supported(case)]
 
 RUNNERS = {
-    "hstu_mha": golden_runners.run_attention,
-    "STUStack": golden_runners.run_stu_stack,
-    "HSTUPositionalEncoder": golden_runners.run_positional_encoder,
+    "hstu_mha": golden_stack_runners.run_attention,
+    "delta_hstu_mha": golden_stack_runners.run_delta_attention,
+    "STUStack": golden_stack_runners.run_stu_stack,
+    "HSTUPositionalEncoder": golden_stack_runners.run_positional_encoder,
     "SimpleActionEncoder": golden_runners.run_action_encoder,
     "SimpleContextualizedMLP": golden_runners.run_simple_mlp,
     "SwishLayerNorm": golden_runners.run_swish_layer_norm,

@@ -8,38 +8,7 @@ import dataclasses
 from typing import Literal
 
 from hstu_jax.config.checks import require, require_ratio
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StuConfig:
-    """One Sequential Transduction Unit layer (FACTS 2)."""
-
-    embedding_dim: int = 64
-    num_heads: int = 4
-    hidden_dim: int = 32  # width of v and u per head
-    attention_dim: int = 32  # width of q and k per head
-    output_dropout_ratio: float = 0.3
-    use_group_norm: bool = False
-    attn_alpha: float = 0.0  # 0 = 1 / sqrt(attention_dim)
-    scaling_seqlen: int = -1  # negative = user_tower.max_seq_len
-    max_attn_len: int = 0  # local window; 0 = off
-    # Not in the reference: the initial bias of q and k. With 0, as there, SiLU attention starts as
-    # small weights of either sign; a positive bias starts it as a mean over the history.
-    qk_bias_init: float = 0.0
-
-    def __post_init__(self):
-        for name in ("embedding_dim", "num_heads", "hidden_dim", "attention_dim"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        require_ratio("output_dropout_ratio", self.output_dropout_ratio)
-        require(self.attn_alpha >= 0, "attn_alpha", self.attn_alpha, "must not be negative")
-        require(
-            self.scaling_seqlen != 0,
-            "scaling_seqlen",
-            0,
-            "would divide by zero",
-            "use a positive length, or -1 for user_tower.max_seq_len",
-        )
-        require(self.max_attn_len >= 0, "max_attn_len", self.max_attn_len, "must not be negative")
+from hstu_jax.config.stu_schema import StuConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,11 +143,36 @@ class HstuConfig:
     # The window objective reads only each user's last position, so the last layer computes only
     # that one: exact, and about 1.4 times fewer operations at the reference's size.
     last_layer: Literal["last_position", "all_positions"] = "last_position"
+    # Layers from the split layer on (counted from 0) see the contextual tokens and the newest
+    # tail_len items of a history. Both 0 = off.
+    attn_truncation_split_layer: int = 0
+    attn_truncation_tail_len: int = 0
 
     def __post_init__(self):
         require_ratio("input_dropout_ratio", self.input_dropout_ratio)
         require(
             self.attn_num_layers > 0, "attn_num_layers", self.attn_num_layers, "must be positive"
+        )
+        self._check_truncation()
+
+    def _check_truncation(self):
+        split, tail_len = self.attn_truncation_split_layer, self.attn_truncation_tail_len
+        for name in ("attn_truncation_split_layer", "attn_truncation_tail_len"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "must not be negative", "use 0 for off")
+        require(
+            (split > 0) == (tail_len > 0),
+            "attn_truncation_split_layer",
+            split,
+            f"goes together with attn_truncation_tail_len={tail_len}",
+            "set both above 0, or both to 0",
+        )
+        require(
+            split < self.attn_num_layers,
+            "attn_truncation_split_layer",
+            split,
+            f"must be below attn_num_layers={self.attn_num_layers}, since layers count from 0",
+            "choose a lower layer",
         )
 
 
@@ -194,6 +188,14 @@ class UserTowerConfig:
     def __post_init__(self):
         require(self.input == "uih", "input", self.input, "must be 'uih', the only history group")
         require(self.max_seq_len > 0, "max_seq_len", self.max_seq_len, "must be positive")
+        tail_len = self.hstu.attn_truncation_tail_len
+        require(
+            tail_len < self.max_seq_len,
+            "hstu.attn_truncation_tail_len",
+            tail_len,
+            f"would cut nothing from histories of max_seq_len={self.max_seq_len}",
+            "use a smaller one, or 0 for both attn_truncation fields",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,7 @@ class Config:
         _check_widths(self)
         _check_rows(self)
         _check_sampler(self)
+        _check_mask(self)
         _check_aligned(self)
         _check_train_metrics(self)
         _check_keep_best(self)
@@ -278,6 +279,18 @@ def _check_sampler(config: Config) -> None:
         sampler.attr_fields,
         f"lacks the candidate features {', '.join(missing)}",
         "name every candidate feature, without its sequence's prefix",
+    )
+
+
+def _check_mask(config: Config) -> None:
+    hstu = config.model.user_tower.hstu
+    require(
+        hstu.stu.contextual_seq_len <= config.num_contextual,
+        "model.user_tower.hstu.stu.contextual_seq_len",
+        hstu.stu.contextual_seq_len,
+        f"must not exceed the {config.num_contextual} tokens of feature_groups.contextual, which "
+        "may be all that a segment holds",
+        "use -1 for all of them",
     )
 
 

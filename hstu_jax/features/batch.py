@@ -30,6 +30,8 @@ class BatchShape:
         negatives: M, sampled negatives of a group.
         hard_negatives: Hn, hard negatives of a user, at most; 0 without a hard sampler.
         block_len: tokens in a block of the attention schedule.
+        tail_segment_len: contextual and history tokens of a user, at most, behind
+            `attn_truncation_split_layer`; 0 = no truncation.
     """
 
     groups: int
@@ -40,12 +42,73 @@ class BatchShape:
     negatives: int
     block_len: int
     hard_negatives: int = 0
+    tail_segment_len: int = 0
 
     @property
     def block_pairs(self) -> int:
         """P: capacity of a group's attention schedule."""
         return attention_layout.max_block_pairs(
             num_rows=self.rows, row_len=self.row_len, block_len=self.block_len
+        )
+
+    @property
+    def tail_row_len(self) -> int:
+        """Slots of the one row that holds all of a group's users after the truncation."""
+        return min(self.rows * self.row_len, self.users * self.tail_segment_len)
+
+    @property
+    def tail_block_len(self) -> int:
+        """Tokens in a block of the schedule after the truncation."""
+        return min(self.block_len, self.tail_row_len)
+
+    @property
+    def tail_block_pairs(self) -> int:
+        """Capacity of a group's attention schedule after the truncation.
+
+        A user of n tokens lies in at most ceil((n - 1) / block_len) + 1 blocks and needs at most
+        their square; the users' blocks add up to those of the row and one more for each user.
+        """
+        if not self.tail_segment_len:
+            return 0
+        num_blocks = -(-self.tail_row_len // self.tail_block_len)
+        longest = -(-(self.tail_segment_len - 1) // self.tail_block_len) + 1
+        return min(num_blocks * num_blocks, longest * (num_blocks + self.users))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tail:
+    """The second sequence layout of a batch, for the layers behind a truncation.
+
+    All users of a group lie end to end in one row: contextual tokens, then the newest history
+    items. Which tokens of the first layout they are follows from both layouts' lengths.
+
+    Attributes:
+        segment_starts: first slot of each user in its group's row, in the order of user slots;
+            users without tokens start where the next one does.
+        segment_lengths: slots of each user; 0 for unused users.
+        block_pairs: as in `Batch`, of this layout.
+        num_block_pairs: how many of them count.
+        row_len: slots of a row (static).
+        block_len: tokens in a block of the schedule (static).
+    """
+
+    segment_starts: Int[AnyArray, "G U"]
+    segment_lengths: Int[AnyArray, "G U"]
+    block_pairs: Int[AnyArray, "G P2 3"]
+    num_block_pairs: Int[AnyArray, "G"]
+    row_len: int
+    block_len: int
+
+    def sequence_layout(self) -> attention_layout.SequenceLayout:
+        """Where every user's tokens lie, one group after the other."""
+        return attention_layout.merge_groups(
+            self.segment_starts,
+            self.segment_lengths,
+            self.block_pairs,
+            self.num_block_pairs,
+            num_rows_per_group=1,
+            row_len=self.row_len,
+            block_len=self.block_len,
         )
 
 
@@ -83,6 +146,7 @@ class Batch:
         hard_negative_mask: hard negatives that are there; the first slots of a user.
         hard_negative_log_q: log probability with which the negative sampler draws the item.
         block_len: tokens in a block of the schedule (static).
+        tail: the users after the truncation; None where no layer truncates.
     """
 
     segment_starts: Int[AnyArray, "G U"]
@@ -107,6 +171,7 @@ class Batch:
     hard_negative_mask: Bool[AnyArray, "G U Hn"]
     hard_negative_log_q: Float[AnyArray, "G U Hn"]
     block_len: int
+    tail: Tail | None = None
 
     def sequence_layout(self) -> attention_layout.SequenceLayout:
         """Where every user's tokens lie among the rows of all groups, one group after the other."""
@@ -122,23 +187,24 @@ class Batch:
         )
 
 
-_STATIC_FIELD = "block_len"
-_ARRAY_FIELDS = tuple(f.name for f in dataclasses.fields(Batch) if f.name != _STATIC_FIELD)
+def _register(cls: type, static_fields: tuple[str, ...]) -> None:
+    """Makes a dataclass a tree of its arrays."""
+    names = tuple(f.name for f in dataclasses.fields(cls) if f.name not in static_fields)
+
+    def flatten(value):
+        children = [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in names]
+        return children, tuple(getattr(value, name) for name in static_fields)
+
+    def unflatten(static, children):
+        # Without __init__: JAX also rebuilds trees with leaves that are no arrays, which the
+        # annotation checks of the tests would refuse.
+        value = object.__new__(cls)
+        for name, child in zip((*static_fields, *names), (*static, *children), strict=True):
+            object.__setattr__(value, name, child)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
 
 
-def _flatten(batch):
-    children = [(jax.tree_util.GetAttrKey(name), getattr(batch, name)) for name in _ARRAY_FIELDS]
-    return children, batch.block_len
-
-
-def _unflatten(block_len, children):
-    # Without __init__: JAX also rebuilds trees with leaves that are no arrays, which the annotation
-    # checks of the tests would refuse.
-    batch = object.__new__(Batch)
-    object.__setattr__(batch, _STATIC_FIELD, block_len)
-    for name, value in zip(_ARRAY_FIELDS, children, strict=True):
-        object.__setattr__(batch, name, value)
-    return batch
-
-
-jax.tree_util.register_pytree_with_keys(Batch, _flatten, _unflatten)
+_register(Tail, ("row_len", "block_len"))
+_register(Batch, ("block_len",))

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from hstu_jax.data import event_store
+from hstu_jax.features import sequence_rules
 from hstu_jax.features.batch import Batch, BatchShape
 from hstu_jax.features.columns import BatchColumns
 from hstu_jax.features.hard_negatives import HardNegativeSampler
@@ -33,6 +34,7 @@ class BatchSource:
         rule: the attention mask, for the block schedule.
         hard_sampler: hard negatives of users; None = there are none.
         sample_weight: weight of each window; None = all alike.
+        tail_len: history items that layers behind the truncation see; 0 = no truncation.
     """
 
     store: event_store.EventStore
@@ -43,6 +45,7 @@ class BatchSource:
     rule: attention_layout.MaskRule
     hard_sampler: HardNegativeSampler | None = None
     sample_weight: Float[np.ndarray, "windows"] | None = None
+    tail_len: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,7 @@ def build_batch(
     window = segments.window
     batch_arrays = _segment_arrays(segments, source, shape)
     batch_arrays |= _block_schedule(batch_arrays, source, shape)
+    batch_arrays |= _tail(batch_arrays, source, shape)
     batch_arrays |= _history_arrays(segments, source, shape)
     entry = source.columns.contextual_entry[window]
     batch_arrays["contextual"] = {
@@ -158,6 +162,21 @@ def _block_schedule(segment_arrays: dict, source: BatchSource, shape: BatchShape
             max_pairs=capacity,
         )
     return {"block_pairs": pairs, "num_block_pairs": counts}
+
+
+def _tail(segment_arrays: dict, source: BatchSource, shape: BatchShape) -> dict:
+    if not source.tail_len:
+        return {}
+    tail = sequence_rules.plan_tail(
+        segment_arrays["segment_lengths"],
+        num_contextual=source.num_contextual,
+        tail_len=source.tail_len,
+        row_len=shape.tail_row_len,
+        block_len=shape.tail_block_len,
+        max_pairs=shape.tail_block_pairs,
+        rule=source.rule,
+    )
+    return {"tail": tail}
 
 
 def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape) -> dict:

@@ -26,12 +26,12 @@ from hstu_jax.features import (
     packing,
     random_streams,
     sampler_inputs,
+    sequence_rules,
     shapes,
     windows,
 )
 from hstu_jax.features.batch import Batch, BatchShape
 from hstu_jax.features.prefetch import HostBatch, Prefetcher
-from pallas_kernels.hstu_attention import layout as attention_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Pipeline:
 
     Args:
         config: reads `seed`, `features`, `feature_groups`, `data` and, of the model, the history
-            length, the attention window and nothing else.
+            length, the attention mask, the truncation and nothing else.
         store: the opened event store.
         split: "train", "validation" or "test".
         order: "shuffled" = a new order every epoch; "stored" = every epoch in the store's order,
@@ -107,14 +107,14 @@ class Pipeline:
             sampler=sampler,
             num_contextual=config.num_contextual,
             max_seq_len=max_seq_len,
-            rule=attention_layout.MaskRule(
-                contextual_len=config.num_contextual,
-                max_attn_len=config.model.user_tower.hstu.stu.max_attn_len,
+            rule=sequence_rules.mask_rule(
+                config.model.user_tower.hstu.stu, num_contextual=config.num_contextual
             ),
             hard_sampler=hard_sampler,
             sample_weight=sample_weights.read_sample_weights(store, weight_fields[0])
             if weight_fields
             else None,
+            tail_len=sequence_rules.tail_len(config.model.user_tower),
         )
         self._schedule = windows.Schedule(
             self._windows,
@@ -293,6 +293,7 @@ def _shapes_of(
         max_positives=int(np.diff(store.windows.positive_offsets).max()),
         num_negatives=(is_evaluation and sampler.num_eval_sample) or sampler.num_sample,
         num_hard_negatives=sampler.num_hard_sample,
+        tail_len=sequence_rules.tail_len(config.model.user_tower),
     )
 
 

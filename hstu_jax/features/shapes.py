@@ -23,6 +23,7 @@ def batch_shapes(
     max_positives: int,
     num_negatives: int,
     num_hard_negatives: int = 0,
+    tail_len: int = 0,
 ) -> tuple[BatchShape, ...]:
     """Every shape of a run, by ascending row length; packed batches have exactly one.
 
@@ -39,6 +40,7 @@ def batch_shapes(
         max_positives: positives of the fullest window.
         num_negatives: M, negatives of a group.
         num_hard_negatives: Hn, hard negatives of a user; 0 without a hard sampler.
+        tail_len: history items that layers behind a truncation see; 0 = no truncation.
 
     Raises:
         ValueError: the positives of a window do not fit `data.queries_per_group`.
@@ -67,6 +69,7 @@ def batch_shapes(
             negatives=num_negatives,
             hard_negatives=num_hard_negatives,
             block_len=min(data.block_len, row_len),
+            tail_segment_len=min(num_contextual + tail_len, row_len) if tail_len else 0,
         )
         for rows, row_len in sizes
     )

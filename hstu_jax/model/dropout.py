@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import jax
 import jax.extend.random
 import jax.numpy as jnp
+from jax import ad_checkpoint
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+
+KEEP_MASK = "dropout_keep_mask"  # name of the bits in checkpoint policies
 
 # One hash of two 32-bit counters gives two words, cut into lanes of 16 bits: four channels.
 _LANE_BITS = 16
@@ -115,6 +118,8 @@ def dropout_parts(
         return tuple(parts)
     num_channels = sum(part.shape[-1] for part in parts)
     keep_mask = random_lanes(key, identity, num_channels=num_channels) >= threshold
+    # Named for the policies of `stu.py`: whether the backward pass keeps it or draws it again.
+    keep_mask = ad_checkpoint.checkpoint_name(keep_mask, KEEP_MASK)
     scale = 2**_LANE_BITS / (2**_LANE_BITS - threshold)
     kept, start = [], 0
     for part in parts:

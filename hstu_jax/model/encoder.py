@@ -35,6 +35,43 @@ def build_sequence(
     return sequence, segment
 
 
+def build_tail(
+    sequence: stu.Sequence, layout: attention_layout.SequenceLayout, *, contextual_len: int
+) -> stu.Tail:
+    """The sequence behind a truncation, and where each of its tokens comes from.
+
+    Args:
+        sequence: the full one.
+        layout: where the cut segments lie; segment s is segment s of `sequence` without the tokens
+            between its first `contextual_len` and the newest that its length leaves room for.
+        contextual_len: C, tokens that are never cut.
+    """
+    segment = attention_layout.token_segments(layout)
+    owner, position = jnp.maximum(segment, 0), attention_layout.token_positions(layout)
+    lengths, full = jnp.asarray(layout.lengths), sequence.layout
+    dropped = (jnp.asarray(full.lengths) - lengths)[owner]
+    position = jnp.where(position < contextual_len, position, position + dropped)
+    starts = jnp.asarray(layout.starts)
+    return stu.Tail(
+        sequence=stu.Sequence(
+            layout=layout,
+            tokens=dropout.TokenIdentity(
+                user_index=sequence.last.user_index[owner], position=position
+            ),
+            last=sequence.last,
+            last_slot=jnp.where(
+                lengths > 0, starts + lengths - 1, layout.num_rows * layout.row_len
+            ),
+            num_targets=sequence.num_targets,
+        ),
+        source=jnp.where(
+            segment >= 0,
+            jnp.asarray(full.starts)[owner] + position,
+            full.num_rows * full.row_len,
+        ),
+    )
+
+
 class Encoder(nn.Module):
     """What both encoders share: tokens with positions, and the postprocessor.
 
@@ -121,10 +158,17 @@ class HstuEncoder(Encoder):
         """One vector per user slot, groups flattened."""
         input_key, stack_key = _split_key(dropout_key)
         x, sequence, _ = self.embed(history, contextual, batch, dropout_key=input_key)
+        tail = None
+        if batch.tail is not None:
+            contextual_len = self.preprocess.contextual_len
+            layout = batch.tail.sequence_layout()
+            tail = build_tail(sequence, layout, contextual_len=contextual_len)
+        options = dict(tail=tail, dropout_key=stack_key)
         if self.last_layer == "last_position":
-            x = self.stack.last_position(x, sequence, dropout_key=stack_key)
+            x = self.stack.last_position(x, sequence, **options)
         else:
-            x = stu.take_last(self.stack(x, sequence, dropout_key=stack_key), sequence)
+            last_sequence = sequence if tail is None else tail.sequence
+            x = stu.take_last(self.stack(x, sequence, **options), last_sequence)
         return self.finish(x, sequence)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from hstu_jax.config import model_schema, schema
 from hstu_jax.features import batch as features_batch
+from hstu_jax.features import sequence_rules
 from hstu_jax.model import (
     action_encoder,
     encoder,
@@ -27,7 +28,6 @@ from hstu_jax.model import (
 from hstu_jax.model import (
     lookups as model_lookups,
 )
-from pallas_kernels.hstu_attention import mask as attention_mask
 
 
 @jax.tree_util.register_dataclass
@@ -168,7 +168,9 @@ def init_params(model: HstuMatch, key: PRNGKeyArray) -> dict:
     Returns:
         The tree to pass as `model.apply({"params": tree}, ...)`.
     """
-    lookups, batch = _smallest_inputs(model.widths)
+    user_encoder = model.user_tower.encoder
+    has_tail = isinstance(user_encoder, encoder.HstuEncoder) and user_encoder.stack.split_layer > 0
+    lookups, batch = _smallest_inputs(model.widths, has_tail=has_tail)
     return jax.jit(model.init)(key, lookups, batch)["params"]
 
 
@@ -209,7 +211,9 @@ def _build_encoder(config, widths):
         for _ in range(hstu.attn_num_layers)
     )
     return encoder.HstuEncoder(
-        **shared, stack=stu.StuStack(layers=layers), last_layer=hstu.last_layer
+        **shared,
+        stack=stu.StuStack(layers=layers, split_layer=hstu.attn_truncation_split_layer),
+        last_layer=hstu.last_layer,
     )
 
 
@@ -239,7 +243,7 @@ def build_stu_layer(
 
     Args:
         config: `stu` section.
-        contextual_len: C, for the mask's prefix rule.
+        contextual_len: C, contextual tokens of a user.
         max_seq_len: divisor of attention where `scaling_seqlen` is negative.
         implementation: of the attention.
     """
@@ -252,15 +256,16 @@ def build_stu_layer(
         output_dropout_ratio=config.output_dropout_ratio,
         alpha=config.attn_alpha or config.attention_dim**-0.5,
         divisor=float(config.scaling_seqlen if config.scaling_seqlen > 0 else max_seq_len),
-        rule=attention_mask.MaskRule(
-            contextual_len=contextual_len, max_attn_len=config.max_attn_len
-        ),
+        rule=sequence_rules.mask_rule(config, num_contextual=contextual_len),
         qk_bias_init=config.qk_bias_init,
         implementation=implementation,
+        recompute_normed_x=config.recompute_normed_x,
+        recompute_uvqk=config.recompute_uvqk,
+        recompute_y=config.recompute_y,
     )
 
 
-def _smallest_inputs(widths):
+def _smallest_inputs(widths, *, has_tail):
     """One group with one user, one query, one negative: enough to create the parameters."""
     num_slots = widths.contextual_len + 1
     lookups = model_lookups.Lookups(
@@ -272,11 +277,15 @@ def _smallest_inputs(widths):
     )
     slots = jnp.zeros((1, 1, num_slots), dtype=jnp.int32)
     one = jnp.zeros((1, 1), dtype=jnp.int32)
-    batch = features_batch.Batch(
+    segments = dict(
         segment_starts=one,
         segment_lengths=one + num_slots,
         block_pairs=jnp.zeros((1, 1, 3), dtype=jnp.int32),
         num_block_pairs=jnp.ones((1,), dtype=jnp.int32),
+        block_len=num_slots,
+    )
+    batch = features_batch.Batch(
+        **segments,
         history={},
         action=slots,
         watch_time_s=slots.astype(jnp.float32),
@@ -294,6 +303,6 @@ def _smallest_inputs(widths):
         hard_negative={},
         hard_negative_mask=jnp.zeros((1, 1, 0), bool),
         hard_negative_log_q=jnp.zeros((1, 1, 0)),
-        block_len=num_slots,
+        tail=features_batch.Tail(**segments, row_len=num_slots) if has_tail else None,
     )
     return lookups, batch

@@ -47,3 +47,16 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         ones = (1,) * (x.ndim - 1)
         return standardize(x, eps=self.eps) * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
+
+
+class NormWeights(nn.Module):
+    """Scale and bias of a layer norm that the caller computes.
+
+    Inside `jax.checkpoint` a module may not look up its parameters; arrays may be used.
+    """
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[Float[Array, "D"], Float[Array, "D"]]:
+        """(scale, bias) of that width."""
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        return scale, self.param("bias", nn.initializers.zeros, (width,))

@@ -12,30 +12,41 @@ from hstu_jax.model import linear, time_buckets
 
 
 def forward_positions(
-    position: Int[Array, "*tokens"], *, num_position_buckets: int
+    position: Int[Array, "*tokens"],
+    history_end: Int[Array, "*tokens"],
+    *,
+    num_position_buckets: int,
 ) -> Int[Array, "*tokens"]:
-    """Table row without time encoding: min(i, P - 1), contextual tokens included."""
-    return jnp.minimum(position, num_position_buckets - 1)
+    """Table row without time encoding: min(i, e, P - 1), contextual tokens included.
+
+    Args:
+        position: i, from the segment's first token.
+        history_end: e, tokens of the token's segment without its targets, which all stand there.
+        num_position_buckets: P.
+    """
+    return jnp.minimum(jnp.minimum(position, history_end), num_position_buckets - 1)
 
 
 def backward_positions(
     position: Int[Array, "*tokens"],
-    segment_len: Int[Array, "*tokens"],
+    history_end: Int[Array, "*tokens"],
     *,
     contextual_len: int,
     num_position_buckets: int,
 ) -> Int[Array, "*tokens"]:
-    """Table row with time encoding: i for contextual tokens, else min(len - i + C, P - 1).
+    """Table row with time encoding: i for contextual tokens, else min(e - min(i, e) + C, P - 1).
 
-    The newest history token stands at C + 1; older ones count up and saturate at P - 1.
+    The newest history token stands at C + 1; older ones count up and saturate at P - 1. Targets
+    stand at C.
 
     Args:
         position: i, from the segment's first token.
-        segment_len: tokens of the token's segment, contextual ones included.
+        history_end: e, tokens of the token's segment, contextual ones included, targets not.
         contextual_len: C.
         num_position_buckets: P.
     """
-    backward = jnp.minimum(segment_len - position + contextual_len, num_position_buckets - 1)
+    backward = history_end - jnp.minimum(position, history_end) + contextual_len
+    backward = jnp.minimum(backward, num_position_buckets - 1)
     return jnp.where(position < contextual_len, position, backward)
 
 
@@ -70,6 +81,7 @@ class PositionalEncoder(nn.Module):
         segment_len: Int[Array, "R L"],
         time_gap_s: Float[Array, "R L"],
         token_mask: Bool[Array, "R L"],
+        num_targets: Int[Array, "R L"] | None = None,
     ) -> Float[Array, "R L D"]:
         """Encodes the tokens.
 
@@ -79,6 +91,7 @@ class PositionalEncoder(nn.Module):
             segment_len: length of each slot's segment.
             time_gap_s: request time minus event time; the request time itself for contextual slots.
             token_mask: slots that hold a token.
+            num_targets: targets at the end of each slot's segment; None = none (HSTU Match).
 
         Returns:
             Encoded tokens, zeros in padding.
@@ -90,10 +103,11 @@ class PositionalEncoder(nn.Module):
             linear.symmetric_uniform(num_positions**-0.5),
             (num_positions, width),
         )
+        history_end = segment_len if num_targets is None else segment_len - num_targets
         if self.use_time_encoding:
             row = backward_positions(
                 position,
-                segment_len,
+                history_end,
                 contextual_len=self.contextual_len,
                 num_position_buckets=num_positions,
             )
@@ -110,6 +124,6 @@ class PositionalEncoder(nn.Module):
             )
             added = times.at[bucket].get(mode="clip") + positions.at[row].get(mode="clip")
         else:
-            row = forward_positions(position, num_position_buckets=num_positions)
+            row = forward_positions(position, history_end, num_position_buckets=num_positions)
             added = positions.at[row].get(mode="clip")
         return jnp.where(token_mask[..., None], width**0.5 * x + added, 0.0)

@@ -1,8 +1,9 @@
 """Sequential Transduction Unit: one layer, and the stack of them (FACTS 2).
 
 A layer is norm, one projection to u, v, q, k, pointwise attention, a gate and an output projection
-around a residual. The last layer of a stack can be computed for each user's last token alone.
-Attention itself is `pallas_kernels.hstu_attention`; `encoder.py` is the next file.
+around a residual. The last layer of a stack can be computed for each user's last token alone, and
+layers from a split on may read a shorter sequence. Attention itself is
+`pallas_kernels.hstu_attention`; `encoder.py` is the next file.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import ad_checkpoint
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hstu_jax.model import dropout, linear, normalization
@@ -18,6 +20,8 @@ from pallas_kernels.hstu_attention import layout as attention_layout
 from pallas_kernels.hstu_attention import mask as attention_mask
 
 _NORM_EPS = 1e-6
+# Names of what a layer's backward pass may keep, for checkpoint policies.
+_NORMED_X, _UVQK, _ATTENDED, _Y = "normed_x", "uvqk", "attended", "y"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +33,32 @@ class Sequence:
         tokens: identity of every slot, `[R, L]`, for dropout.
         last: identity of each segment's last token, `[S]`.
         last_slot: flat index of each segment's last token; R * L for empty segments.
+        num_targets: candidates at the end of each segment, `[S]`, as ranking models have them;
+            None (HSTU Match) = none, which costs nothing.
     """
 
     layout: attention_layout.SequenceLayout
     tokens: dropout.TokenIdentity
     last: dropout.TokenIdentity
     last_slot: Array
+    num_targets: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tail:
+    """The shorter sequence that layers from a stack's split on read.
+
+    Attributes:
+        sequence: its own layout; tokens keep the identity that they have in the full sequence.
+        source: flat index in the full sequence of each slot, `[R2, L2]`; R * L in padding.
+    """
+
+    sequence: Sequence
+    source: Array
+
+    def cut(self, x: Float[Array, "R L D"]) -> Float[Array, "R2 L2 D"]:
+        """The tokens that are left; zeros in padding."""
+        return x.reshape(-1, x.shape[-1]).at[self.source].get(mode="fill", fill_value=0)
 
 
 def take_last(x: Float[Array, "R L D"], sequence: Sequence) -> Float[Array, "S D"]:
@@ -62,6 +86,9 @@ class StuLayer(nn.Module):
         rule: attention mask.
         qk_bias_init: initial bias of q and k.
         implementation: of the attention.
+        recompute_normed_x: compute LN(x) again in the backward pass instead of keeping it.
+        recompute_uvqk: the same for u, v, q, k. The attention itself never runs again.
+        recompute_y: the same for the concatenation after dropout, and for the dropout bits.
 
     Source: TorchEasyRec 1.3.16, tzrec/modules/gr/stu.py; FACTS 2. `qk_bias_init` is ours; 0 is the
     reference.
@@ -78,13 +105,16 @@ class StuLayer(nn.Module):
     rule: attention_mask.MaskRule
     qk_bias_init: float = 0.0
     implementation: str = "auto"
+    recompute_normed_x: bool = False
+    recompute_uvqk: bool = False
+    recompute_y: bool = True
 
     def setup(self):
         value_width, qk_width = self._value_width, self.num_heads * self.attention_dim
         uvqk_width = 2 * (value_width + qk_width)
         norm_width = self.num_heads if self.use_group_norm else value_width
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        self.input_norm = normalization.LayerNorm(eps=_NORM_EPS)
+        self.input_norm = normalization.NormWeights()
         self.uvqk_kernel = self.param(
             "uvqk_kernel", linear.xavier_uniform, (self.embedding_dim, uvqk_width)
         )
@@ -111,20 +141,27 @@ class StuLayer(nn.Module):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "R L D"]:
         """The layer at every position; padding stays finite and is read by nobody."""
-        normed = self.input_norm(x)
-        projected = jnp.dot(normed, self.uvqk_kernel) + self.uvqk_bias[None, None]
-        u, v, q, k = self._split(projected, ("u", "v", "q", "k"))
-        attended = attention.hstu_attention(
-            q,
-            k,
-            v,
-            layout=sequence.layout,
-            rule=self.rule,
-            alpha=self.alpha,
-            divisor=self.divisor,
-            implementation=self.implementation,
-        )
-        return self._output(x, u, attended, dropout_key=dropout_key, identity=sequence.tokens)
+        norm_weights = self.input_norm(self.embedding_dim)
+
+        def run(x):
+            normed = self._input_norm(x, norm_weights)
+            projected = jnp.dot(normed, self.uvqk_kernel) + self.uvqk_bias[None, None]
+            projected = ad_checkpoint.checkpoint_name(projected, _UVQK)
+            u, v, q, k = self._split(projected, ("u", "v", "q", "k"))
+            attended = attention.hstu_attention(
+                q,
+                k,
+                v,
+                layout=sequence.layout,
+                rule=self.rule,
+                alpha=self.alpha,
+                divisor=self.divisor,
+                implementation=self.implementation,
+                num_targets=sequence.num_targets,
+            )
+            return self._output(x, u, attended, dropout_key=dropout_key, identity=sequence.tokens)
+
+        return self._remat(run)(x)
 
     def last_position(
         self,
@@ -137,35 +174,63 @@ class StuLayer(nn.Module):
 
         Keys and values are needed for all tokens; query, gate, attention and output for one token
         per segment (DESIGN 3.7). Empty segments give zeros.
+
+        Raises:
+            ValueError: the sequence has targets.
         """
-        normed = self.input_norm(x)
+        if sequence.num_targets is not None:
+            raise ValueError(
+                "sequence.num_targets: last_position knows no targets; call the layer itself."
+            )
+        norm_weights = self.input_norm(self.embedding_dim)
         value_width, qk_width = self._value_width, self.num_heads * self.attention_dim
         cuts = (value_width, 2 * value_width, 2 * value_width + qk_width)
         kernel_u, kernel_v, kernel_q, kernel_k = jnp.split(self.uvqk_kernel, cuts, axis=1)
         bias_u, bias_v, bias_q, bias_k = jnp.split(self.uvqk_bias, cuts)
-        all_tokens = jnp.dot(normed, jnp.concatenate([kernel_v, kernel_k], axis=1))
-        all_tokens += jnp.concatenate([bias_v, bias_k])[None, None]
-        one_token = jnp.dot(
-            take_last(normed, sequence), jnp.concatenate([kernel_u, kernel_q], axis=1)
-        )
-        one_token += jnp.concatenate([bias_u, bias_q])[None]
-        v, k = self._split(all_tokens, ("v", "k"))
-        u, q = self._split(one_token, ("u", "q"))
-        attended = attention.hstu_attention_last(
-            q,
-            k,
-            v,
-            layout=sequence.layout,
-            rule=self.rule,
-            alpha=self.alpha,
-            divisor=self.divisor,
-            implementation=self.implementation,
-        )
-        out = self._output(
-            take_last(x, sequence), u, attended, dropout_key=dropout_key, identity=sequence.last
-        )
+
+        def run(x):
+            normed = self._input_norm(x, norm_weights)
+            all_tokens = jnp.dot(normed, jnp.concatenate([kernel_v, kernel_k], axis=1))
+            all_tokens += jnp.concatenate([bias_v, bias_k])[None, None]
+            one_token = jnp.dot(
+                take_last(normed, sequence), jnp.concatenate([kernel_u, kernel_q], axis=1)
+            )
+            one_token += jnp.concatenate([bias_u, bias_q])[None]
+            all_tokens = ad_checkpoint.checkpoint_name(all_tokens, _UVQK)
+            one_token = ad_checkpoint.checkpoint_name(one_token, _UVQK)
+            v, k = self._split(all_tokens, ("v", "k"))
+            u, q = self._split(one_token, ("u", "q"))
+            attended = attention.hstu_attention_last(
+                q,
+                k,
+                v,
+                layout=sequence.layout,
+                rule=self.rule,
+                alpha=self.alpha,
+                divisor=self.divisor,
+                implementation=self.implementation,
+            )
+            x = take_last(x, sequence)
+            return self._output(x, u, attended, dropout_key=dropout_key, identity=sequence.last)
+
+        out = self._remat(run)(x)
         is_used = jnp.asarray(sequence.layout.lengths) > 0
         return jnp.where(is_used[:, None], out, 0.0)
+
+    def _input_norm(self, x, weights):
+        scale, bias = (w.reshape(*(1,) * (x.ndim - 1), -1) for w in weights)
+        normed = normalization.standardize(x, eps=_NORM_EPS) * scale + bias
+        return ad_checkpoint.checkpoint_name(normed, _NORMED_X)
+
+    def _remat(self, run):
+        """`run` with a backward pass that keeps what the recompute fields leave to keep."""
+        if not (self.recompute_normed_x or self.recompute_uvqk):
+            return run  # `_output` sees to recompute_y alone
+        names = [_ATTENDED]
+        names += [] if self.recompute_normed_x else [_NORMED_X]
+        names += [] if self.recompute_uvqk else [_UVQK]
+        names += [] if self.recompute_y else [_Y, dropout.KEEP_MASK]
+        return jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
     def _split(self, projected, names):
         """Cuts projected columns; q, k, v get their head axis, u stays flat."""
@@ -181,10 +246,8 @@ class StuLayer(nn.Module):
 
     def _output(self, x, u, attended, *, dropout_key, identity):
         """Gate, dropout, projection, residual for tokens of any leading axes."""
+        attended = ad_checkpoint.checkpoint_name(attended, _ATTENDED)
 
-        # Recomputed in the backward pass: SiLU, norm and dropout bits are as wide as everything
-        # else a layer keeps together, and cheap next to attention.
-        @jax.checkpoint
         def project(u, attended):
             u = jax.nn.silu(u)
             flat = attended.reshape(*u.shape)
@@ -192,12 +255,15 @@ class StuLayer(nn.Module):
             parts = dropout.dropout_parts(
                 parts, rate=self.output_dropout_ratio, key=dropout_key, identity=identity
             )
+            parts = [ad_checkpoint.checkpoint_name(part, _Y) for part in parts]
             # Three products instead of one of the concatenation: 336 instead of 389 MiB of
             # temporaries in the stack benchmark at N = 2048.
             kernels = jnp.split(self.output_kernel, len(parts))
             return sum(jnp.dot(part, kernel) for part, kernel in zip(parts, kernels, strict=True))
 
-        return x + project(u, attended)
+        # SiLU, norm and dropout bits are as wide as everything else a layer keeps together, and
+        # cheap next to attention.
+        return x + (jax.checkpoint(project) if self.recompute_y else project)(u, attended)
 
     def _output_norm(self, attended):
         """[..., H, V] -> [..., H * V], normalised per head or over all heads."""
@@ -217,38 +283,73 @@ class StuLayer(nn.Module):
 class StuStack(nn.Module):
     """STU layers in sequence; layer i draws its dropout bits from `fold_in(dropout_key, i)`.
 
+    Immediately before layer `split_layer` (counted from 0) every segment is cut to its contextual
+    tokens, its newest history items and its targets; later layers see nothing else.
+
     Attributes:
         layers: at least one.
+        split_layer: first layer that reads the tail; 0 = none does.
+
+    Source: TorchEasyRec 1.3.16, tzrec/modules/gr/stu.py; FACTS 2.1.
     """
 
     layers: tuple[StuLayer, ...]
+    split_layer: int = 0
 
     def __call__(
         self,
         x: Float[Array, "R L D"],
         sequence: Sequence,
         *,
+        tail: Tail | None = None,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "R L D"]:
-        """Every position through every layer."""
-        return self._apply(self.layers, x, sequence, dropout_key)
+    ) -> Float[Array, "R2 L2 D"]:
+        """Every position through every layer.
+
+        Args:
+            x: tokens; padding holds finite values.
+            sequence: where they lie.
+            tail: the sequence from the split on; given exactly when the stack has a split.
+            dropout_key: key of this step; None = evaluation.
+
+        Returns:
+            Outputs in the layout of the last layer: the tail's, or that of x.
+
+        Raises:
+            ValueError: a split without a tail, or a tail without a split.
+        """
+        x, _ = self._apply(len(self.layers), x, sequence, tail, dropout_key)
+        return x
 
     def last_position(
         self,
         x: Float[Array, "R L D"],
         sequence: Sequence,
         *,
+        tail: Tail | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "S D"]:
         """Each segment's last position; the last layer computes only that one."""
-        x = self._apply(self.layers[:-1], x, sequence, dropout_key)
-        last_key = _layer_key(dropout_key, len(self.layers) - 1)
-        return self.layers[-1].last_position(x, sequence, dropout_key=last_key)
+        last = len(self.layers) - 1
+        x, sequence = self._apply(last, x, sequence, tail, dropout_key)
+        if last == self.split_layer and tail is not None:
+            x, sequence = tail.cut(x), tail.sequence
+        key = _layer_key(dropout_key, last)
+        return self.layers[last].last_position(x, sequence, dropout_key=key)
 
-    def _apply(self, layers, x, sequence, dropout_key):
-        for index, layer in enumerate(layers):
+    def _apply(self, num_layers, x, sequence, tail, dropout_key):
+        """The first layers, and the sequence that they leave."""
+        if (self.split_layer > 0) != (tail is not None):
+            raise ValueError(
+                f"split_layer={self.split_layer}, tail={type(tail).__name__}: a stack that cuts "
+                "its sequence needs the tail, and no other may get one; make the batches with the "
+                "model's own configuration."
+            )
+        for index, layer in enumerate(self.layers[:num_layers]):
+            if index == self.split_layer and tail is not None:
+                x, sequence = tail.cut(x), tail.sequence
             x = layer(x, sequence, dropout_key=_layer_key(dropout_key, index))
-        return x
+        return x, sequence
 
 
 def _layer_key(dropout_key, index):

@@ -205,7 +205,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
 
 
 def _attention_grad(config, batch):
-    """Gradient of every layer's attention on random q, k, v of the batch's layout."""
+    """Gradient of every layer's attention on random q, k, v of the layer's own layout."""
     user_tower = config.model.user_tower
     stu = user_tower.hstu.stu
     layer = match.build_stu_layer(
@@ -214,7 +214,6 @@ def _attention_grad(config, batch):
     layout = batch.sequence_layout()
     grid = (layout.num_rows, layout.row_len, stu.num_heads)
     options = dict(
-        layout=layout,
         rule=layer.rule,
         alpha=layer.alpha,
         divisor=layer.divisor,
@@ -224,20 +223,36 @@ def _attention_grad(config, batch):
     q = jax.random.normal(keys[0], (*grid, stu.attention_dim))
     k = jax.random.normal(keys[1], (*grid, stu.attention_dim))
     v = jax.random.normal(keys[2], (*grid, stu.hidden_dim))
-    sequence, _ = encoder.build_sequence(layout, batch.user_index.reshape(-1))
+    split = user_tower.hstu.attn_truncation_split_layer
+    tail = None if batch.tail is None else batch.tail.sequence_layout()
+
+    def layout_of(index):
+        return layout if tail is None or index < split else tail
+
+    def fill(x, layout):  # the tail has no more slots than the rows
+        flat = x.reshape(-1, *x.shape[2:])[: layout.num_rows * layout.row_len]
+        return flat.reshape(layout.num_rows, layout.row_len, *x.shape[2:])
 
     ends_at_one_token = user_tower.hstu.last_layer == "last_position"
-    num_full = user_tower.hstu.attn_num_layers - ends_at_one_token
+    num_layers = user_tower.hstu.attn_num_layers
+    last_layout = layout_of(num_layers - 1)
+    last_slot = encoder.build_sequence(last_layout, batch.user_index.reshape(-1))[0].last_slot
 
     def total(q, k, v):
         out = jnp.float32(0)
-        for layer in range(num_full):  # unequal inputs, or XLA would compute one layer for all
-            full = attention.hstu_attention(q + layer, k, v, **options)
+        # Unequal inputs, or XLA would compute one layer for all.
+        for index in range(num_layers - ends_at_one_token):
+            now = layout_of(index)
+            inputs = (fill(q + index, now), fill(k, now), fill(v, now))
+            full = attention.hstu_attention(*inputs, layout=now, **options)
             out += jnp.sum(full * full)
         if ends_at_one_token:
+            last_k, last_v = fill(k, last_layout), fill(v, last_layout)
             flat = q.reshape(-1, *q.shape[2:])
-            last_q = flat.at[sequence.last_slot].get(mode="fill", fill_value=0)
-            last = attention.hstu_attention_last(last_q, k, v, **options)
+            last_q = flat.at[last_slot].get(mode="fill", fill_value=0)
+            last = attention.hstu_attention_last(
+                last_q, last_k, last_v, layout=last_layout, **options
+            )
             out += jnp.sum(last * last)
         return out
 

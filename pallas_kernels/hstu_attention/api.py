@@ -6,6 +6,7 @@ are what runs; layouts and mask rules come from `layout.py` and `mask.py`.
 
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,10 @@ from pallas_kernels.hstu_attention.mask import MaskRule
 Implementation = Literal["auto", "xla", "reference"]
 
 _FULL = {"xla": xla_blockwise.hstu_attention, "reference": reference.hstu_attention}
+_DELTA = {
+    "xla": last_query.hstu_attention_delta,
+    "reference": reference.hstu_attention_delta,
+}
 _LAST = {"xla": last_query.hstu_attention_last, "reference": reference.hstu_attention_last}
 # The last entry must support everything.
 _AUTO_ORDER = ("xla",)
@@ -77,9 +82,7 @@ def hstu_attention(
     _check(q, k, v, layout, rule, alpha, divisor)
     for axis, letter in enumerate("RLHK"):
         checks.check_axis("q", q, axis, letter, k.shape[axis], like="k")
-    if num_targets is not None:
-        checks.check_rank("num_targets", num_targets, "S")
-        checks.check_axis("num_targets", num_targets, 0, "S", len(layout.starts), like="layout")
+    _check_targets(num_targets, layout)
     return dispatch.run(
         implementation,
         _FULL,
@@ -144,6 +147,96 @@ def hstu_attention_last(
             q, k, v, layout=layout, rule=rule, alpha=float(alpha), divisor=float(divisor)
         ),
     )
+
+
+def hstu_attention_delta(
+    q: Float[Array, "S T H K"],
+    k: Float[Array, "R L H K"],
+    v: Float[Array, "R L H V"],
+    *,
+    layout: SequenceLayout,
+    rule: MaskRule,
+    alpha: float,
+    divisor: float,
+    implementation: Implementation = "auto",
+    num_targets: Int[Array | np.ndarray, "S"] | None = None,
+) -> Float[Array, "S T H V"]:
+    """The rows of `hstu_attention` at the last T positions of each segment: decoding with a cache.
+
+    Query t of segment s stands at position length_s - T + t and sees the keys that this row of the
+    mask sees; keys and values of all tokens, the new ones included, are given. Time is linear in
+    T * R * L and memory in R * L. The block schedule is not used.
+
+    Args:
+        q: the new tokens' queries, the same number T for every segment; anything may stand at
+            empty segments.
+        k: keys of all tokens.
+        v: values of all tokens.
+        layout: where the segments lie. Segments that are not empty need at least T tokens.
+        rule: which keys a query sees; not semi-local.
+        alpha: factor of the logits.
+        divisor: what scores are divided by.
+        implementation: as for `hstu_attention`.
+        num_targets: as for `hstu_attention`.
+
+    Returns:
+        Outputs in the dtype of v. Zeros, without gradient, for positions that a segment does not
+        have: empty segments, and segments shorter than T if the layout's arrays are traced, so that
+        they cannot be looked at.
+
+    Raises:
+        TypeError, ValueError, UnsupportedByKernel: as for `hstu_attention`; ValueError also for a
+            segment with fewer than T tokens (numpy layouts) and for a semi-local rule.
+
+    Source: TorchEasyRec 1.3.16. There, cached decoding uses the standard mask even where the model
+    was trained with a semi-local one; here that combination is refused.
+    """
+    checks.check_rank("q", q, "S T H K")
+    _check(q, k, v, layout, rule, alpha, divisor)
+    checks.check_axis("q", q, 0, "S", len(layout.starts), like="layout")
+    checks.check_axis("q", q, 2, "H", k.shape[2], like="k")
+    checks.check_axis("q", q, 3, "K", k.shape[3], like="k")
+    if rule.is_semi_local:
+        raise ValueError(
+            f"rule.sla_k1={rule.sla_k1}, rule.sla_k2={rule.sla_k2}: decoding knows the standard "
+            "mask only; run hstu_attention over the whole sequence."
+        )
+    _check_targets(num_targets, layout)
+    _check_new_tokens(q.shape[1], layout)
+    return dispatch.run(
+        implementation,
+        _DELTA,
+        auto_order=_AUTO_ORDER,
+        op="hstu_attention_delta",
+        call=lambda kernel: kernel(
+            q,
+            k,
+            v,
+            layout=layout,
+            rule=rule,
+            alpha=float(alpha),
+            divisor=float(divisor),
+            num_targets=None if num_targets is None else jnp.asarray(num_targets),
+        ),
+    )
+
+
+def _check_new_tokens(num_new, layout):
+    if not isinstance(layout.lengths, np.ndarray):
+        return
+    is_short = (layout.lengths > 0) & (layout.lengths < num_new)
+    if is_short.any():
+        first = int(np.argmax(is_short))
+        raise ValueError(
+            f"lengths[{first}]={layout.lengths[first]}: the segment is shorter than the {num_new} "
+            f"new tokens of q ({int(is_short.sum())} in all); count the new tokens in lengths."
+        )
+
+
+def _check_targets(num_targets, layout):
+    if num_targets is not None:
+        checks.check_rank("num_targets", num_targets, "S")
+        checks.check_axis("num_targets", num_targets, 0, "S", len(layout.starts), like="layout")
 
 
 def _check(q, k, v, layout, rule, alpha, divisor):

@@ -1,13 +1,13 @@
-"""HSTU attention for one query per segment, at the segment's last position, in linear time.
+"""HSTU attention for the last query, or the last few, of each segment, in linear time.
 
-The last layer of a user tower is read only there, so its queries, attention and output are needed
-for one token per user. Same mask and formula as the full op in `xla_blockwise.py`; signature and
-checks are in `api.py`.
+The last layer of a user tower is read at one token per user, and a decoder asks for the tokens that
+are new: queries, attention and output are needed there only. Same mask and formula as the full op
+in `xla_blockwise.py`; signatures and checks are in `api.py`.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hstu_attention.layout import SequenceLayout, token_positions, token_segments
 from pallas_kernels.hstu_attention.mask import MaskRule, key_intervals
@@ -30,6 +30,42 @@ def hstu_attention_last(
     the tokens of a segment. Sums are float32. A segment that holds a value that is not finite gets
     NaN, others are not touched.
     """
+    last = jnp.maximum(jnp.asarray(layout.lengths) - 1, 0)
+    return _attend_at(last, q, k, v, layout, None, rule, alpha, divisor)
+
+
+def hstu_attention_delta(
+    q: Float[Array, "S T H K"],
+    k: Float[Array, "R L H K"],
+    v: Float[Array, "R L H V"],
+    *,
+    layout: SequenceLayout,
+    rule: MaskRule,
+    alpha: float,
+    divisor: float,
+    num_targets: Int[Array, "S"] | None = None,
+) -> Float[Array, "S T H V"]:
+    """Returns what `api.hstu_attention_delta` promises: one query per segment after the other.
+
+    The memory is that of one query per segment, in the backward pass too.
+    """
+    num_new = q.shape[1]
+    first = jnp.asarray(layout.lengths) - num_new
+
+    @jax.checkpoint
+    def one_query(index, query):
+        return _attend_at(first + index, query, k, v, layout, num_targets, rule, alpha, divisor)
+
+    steps = jnp.arange(num_new, dtype=first.dtype), jnp.swapaxes(q, 0, 1)  # [T, S, H, K]
+    _, output = jax.lax.scan(lambda carry, step: (carry, one_query(*step)), None, steps)
+    # Every query of a segment that holds a value that is not finite is lost, not only its own.
+    is_lost = ~jnp.isfinite(q).all(axis=(1, 2, 3)) & (first + num_new > 0)
+    factor = jnp.where(is_lost, jnp.nan, 1.0).astype(v.dtype)[:, None, None, None]
+    return jnp.swapaxes(output, 0, 1) * factor
+
+
+def _attend_at(position, q, k, v, layout, num_targets, rule, alpha, divisor):
+    """One query per segment at a position of it; zeros where the segment has no such position."""
     lengths = jnp.asarray(layout.lengths)
     num_segments = lengths.shape[0]
     segment = token_segments(layout)
@@ -39,7 +75,7 @@ def hstu_attention_last(
     query = jnp.where(jnp.isfinite(q), q, 0).astype(jnp.float32)
     key, value = (finite_or_zero(x, is_token).astype(jnp.float32) for x in (k, v))
     logits = alpha * jnp.sum(query[owner] * key, axis=-1)  # [R, L, H]
-    is_seen = _seen_by_last(segment, layout, rule)
+    is_seen = _seen_by(position, segment, layout, num_targets, rule)
     scores = jnp.where(is_seen[:, :, None], jax.nn.silu(logits) / divisor, 0)
     output = jax.ops.segment_sum(
         (scores[..., None] * value).reshape(-1, *value.shape[2:]),
@@ -51,12 +87,11 @@ def hstu_attention_last(
     return (output * factor).astype(v.dtype)
 
 
-def _seen_by_last(segment, layout, rule):
-    """True for the slots that the last position of their segment sees."""
-    owner, position = jnp.maximum(segment, 0), token_positions(layout)
+def _seen_by(position, segment, layout, num_targets, rule):
+    """True for the slots that the query at `position` of their segment sees."""
+    owner, slot_position = jnp.maximum(segment, 0), token_positions(layout)
     lengths = jnp.asarray(layout.lengths)
-    last = jnp.maximum(lengths - 1, 0)
     is_seen = jnp.zeros(segment.shape, bool)
-    for interval in key_intervals(last, lengths, None, rule=rule, xp=jnp):
-        is_seen |= (position >= interval.start[owner]) & (position < interval.end[owner])
-    return is_seen & (segment >= 0)
+    for interval in key_intervals(position, lengths, num_targets, rule=rule, xp=jnp):
+        is_seen |= (slot_position >= interval.start[owner]) & (slot_position < interval.end[owner])
+    return is_seen & (segment >= 0) & (position >= 0)[owner]

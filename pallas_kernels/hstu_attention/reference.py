@@ -112,5 +112,35 @@ def hstu_attention_last(
     return jnp.einsum("shj,sjhv->shv", scores, v[row], precision=highest)
 
 
+def hstu_attention_delta(
+    q: Float[Array, "S T H K"],
+    k: Float[Array, "R L H K"],
+    v: Float[Array, "R L H V"],
+    *,
+    layout: SequenceLayout,
+    rule: MaskRule,
+    alpha: float,
+    divisor: float,
+    num_targets: Int[Array, "S"] | None = None,
+) -> Float[Array, "S T H V"]:
+    """Rows of `hstu_attention` at each segment's last T positions, for queries given per segment.
+
+    Positions that a segment does not have give zeros.
+    """
+    k, v = _clear_padding(k, layout), _clear_padding(v, layout)
+    starts, lengths = jnp.asarray(layout.starts), jnp.asarray(layout.lengths)
+    num_new = q.shape[1]
+    position = lengths[:, None] - num_new + jnp.arange(num_new)[None]  # [S, T]
+    exists = position >= 0
+    token = jnp.where(exists, starts[:, None] + position, 0)
+    row, slot = token // layout.row_len, token % layout.row_len
+    mask = attention_mask(layout, rule, num_targets)[row, slot] & exists[..., None]  # [S, T, L]
+    q = jnp.where(exists[..., None, None], q, 0)
+    highest = jax.lax.Precision.HIGHEST
+    logits = alpha * jnp.einsum("sthk,stjhk->sthj", q, k[row], precision=highest)
+    scores = jnp.where(mask[:, :, None], jax.nn.silu(logits) / divisor, 0)
+    return jnp.einsum("sthj,stjhv->sthv", scores, v[row], precision=highest)
+
+
 def _clear_padding(array, layout):
     return jnp.where((token_segments(layout) >= 0)[:, :, None, None], array, 0)

@@ -63,6 +63,18 @@ def test_unknown_field_of_a_feature_names_the_nearest():
             32,
             r"hidden_units=128: the item tower's width must equal .*embedding_dim=32; .*output_dim",
         ),
+        ("model.user_tower.hstu.stu.sla_k1", -1, r"stu\.sla_k1=-1: must not be negative; use 0"),
+        (
+            "model.user_tower.hstu.stu.contextual_seq_len",
+            7,
+            r"contextual_seq_len=7: must not exceed the 6 tokens of .*contextual, .*; use -1",
+        ),
+        (
+            "model.user_tower.hstu.attn_truncation_tail_len",
+            5,
+            r"attn_truncation_split_layer=0: goes together with attn_truncation_tail_len=5; set",
+        ),
+        ("model.user_tower.hstu.attn_truncation_tail_len", -5, r"tail_len=-5: must not be neg"),
         ("data.row_lens", (64, 134), r"row_lens=\(64, 134\): is read by layout='padded' only"),
         ("data.tokens_per_group", 10, r"tokens_per_group=10: must hold at least one user"),
         ("train.num_epochs", 0, r"train\.num_steps=0: needs num_steps or num_epochs"),
@@ -78,6 +90,33 @@ def test_unknown_field_of_a_feature_names_the_nearest():
 def test_a_value_that_breaks_a_rule(path, value, message):
     with pytest.raises(ValueError, match=message):
         config_with(path, value)
+
+
+def config_with_hstu(**fields):
+    raw = kuairand.get_config("sample")
+    hstu = raw.model.user_tower.hstu
+    for name, value in fields.items():
+        section = hstu.stu if name in hstu.stu else hstu
+        section[name] = value
+    return resolve.resolve(raw)
+
+
+def test_truncation_needs_a_layer_behind_the_split_and_something_to_cut():
+    cut = dict(attn_truncation_tail_len=5, attn_num_layers=2)
+    assert config_with_hstu(**cut, attn_truncation_split_layer=1)
+    message = r"user_tower\.hstu\.attn_truncation_split_layer=2: must be below attn_num_layers=2,"
+    with pytest.raises(ValueError, match=message):
+        config_with_hstu(**cut, attn_truncation_split_layer=2)
+    cut["attn_truncation_tail_len"] = 26
+    message = r"hstu\.attn_truncation_tail_len=26: would cut nothing .*max_seq_len=26; use a"
+    with pytest.raises(ValueError, match=message):
+        config_with_hstu(**cut, attn_truncation_split_layer=1)
+
+
+def test_a_window_beside_semi_local_attention_is_refused():
+    message = r"stu\.max_attn_len=4: would not be read: .*\(sla_k1=2, sla_k2=0\) replaces.*; set it"
+    with pytest.raises(ValueError, match=message):
+        config_with_hstu(max_attn_len=4, sla_k1=2)
 
 
 def test_unknown_choice_lists_the_choices():

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 
 from hstu_jax.features import batch as features_batch
+from hstu_jax.features import sequence_rules
 from pallas_kernels.hstu_attention import layout as attention_layout
 from pallas_kernels.hstu_attention import mask as attention_mask
 
@@ -69,6 +70,24 @@ class Placement:
             block_len=self.block_len,
         )
 
+    def tail(
+        self, *, num_contextual: int, tail_len: int, num_targets: np.ndarray | None = None
+    ) -> features_batch.Tail:
+        """The layout behind a truncation, as one group, with a few slots of padding."""
+        targets = None if num_targets is None else num_targets[None].astype(np.int32)
+        options = dict(num_contextual=num_contextual, tail_len=tail_len, num_targets=targets)
+        cut = sequence_rules.tail_lengths(self.lengths[None], **options)
+        row_len = int(cut.sum()) + 3
+        block_len = min(self.block_len, row_len)
+        return sequence_rules.plan_tail(
+            self.lengths[None],
+            **options,
+            row_len=row_len,
+            block_len=block_len,
+            max_pairs=attention_layout.max_block_pairs(1, row_len, block_len),
+            rule=self.rule,
+        )
+
 
 def place(
     lengths,
@@ -123,6 +142,7 @@ def make_batch(
     num_negatives: int = 1,
     num_hard: int = 0,
     fill: float = 0.0,
+    tail: features_batch.Tail | None = None,
 ) -> features_batch.Batch:
     """One group. Jagged content per token; queries belong to user 0, lookups are not filled in.
 
@@ -136,6 +156,7 @@ def make_batch(
         num_negatives: M.
         num_hard: Hn, all there.
         fill: what padding holds in float arrays.
+        tail: the layout behind a truncation.
     """
     pairs, count = placement.block_pairs()
     slots = len(placement.starts)
@@ -162,4 +183,5 @@ def make_batch(
         hard_negative_mask=np.ones((1, slots, num_hard), bool),
         hard_negative_log_q=np.zeros((1, slots, num_hard), np.float32),
         block_len=placement.block_len,
+        tail=tail,
     )

@@ -121,8 +121,9 @@ def random_content(lengths, *, contextual_len=2, num_queries=5, num_negatives=7,
     )
 
 
-def lay_out(content, *, rule, row_len, packed, num_rows=0, num_users=0, fill=0.0):
-    """(Lookups, Batch) of one group; `fill` goes wherever nothing is held."""
+def lay_out(content, *, rule, row_len, packed, num_rows=0, num_users=0, fill=0.0, tail_len=0):
+    """(Lookups, Batch) of one group; `fill` goes wherever nothing is held. With a `tail_len`, for
+    models that truncate."""
     placement = batches.place(
         [int(n) for n in content.lengths],
         row_len=row_len,
@@ -143,8 +144,12 @@ def lay_out(content, *, rule, row_len, packed, num_rows=0, num_users=0, fill=0.0
         negative=content.negative[None],
         hard_negative=np.zeros((1, num_slots, 0, CANDIDATE_DIM), np.float32),
     )
+    tail = None
+    if tail_len:
+        tail = placement.tail(num_contextual=content.contextual_len, tail_len=tail_len)
     batch = batches.make_batch(
         placement,
+        tail=tail,
         action=content.action,
         watch_time_s=content.watch_time_s,
         time_gap_s=content.time_gap_s,

@@ -21,7 +21,9 @@ def test_positions_count_backwards_with_time_encoding():
 
 
 def test_positions_count_forwards_without_time_encoding():
-    rows = positional_encoder.forward_positions(jnp.arange(6), num_position_buckets=4)
+    rows = positional_encoder.forward_positions(
+        jnp.arange(6), jnp.full(6, 6), num_position_buckets=4
+    )
     np.testing.assert_array_equal(rows, [0, 1, 2, 3, 3, 3])
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hstu_jax.model import dropout, encoder, stu
+from hstu_jax.config import model_schema
+from hstu_jax.model import dropout, encoder, match, stu
 from pallas_kernels.hstu_attention import mask as attention_mask
 from tests.model import batches, models
 
@@ -229,3 +230,31 @@ def test_take_last_gives_zeros_and_no_gradient_for_empty_segments():
     expected[0, 2] = expected[1, 1] = 1
     np.testing.assert_array_equal(grad, expected)
     assert isinstance(sequence.last, dropout.TokenIdentity)
+
+
+@pytest.mark.parametrize(
+    ("fields", "changed"),
+    [
+        (dict(sla_k1=2), [0, 1, 4, 5, 6]),  # contextual rows are causal, history is near
+        (dict(sla_k2=4), [0, 1, 4, 5, 6]),  # the prefix and nothing near, not even itself
+        (dict(contextual_seq_len=0), [0, 1]),  # contextual tokens do not look ahead
+        (dict(contextual_seq_len=1), [1]),
+        (dict(max_attn_len=2), [4, 5, 6]),
+        (dict(attn_alpha=0.3), range(7)),
+        (dict(scaling_seqlen=3), range(7)),
+    ],
+)
+def test_each_field_of_the_configuration_changes_the_tokens_that_it_should(fields, changed):
+    def output(**fields):
+        config = model_schema.StuConfig(embedding_dim=WIDTH, num_heads=1, hidden_dim=2,
+                                        attention_dim=3, **fields)  # fmt: skip
+        layer = match.build_stu_layer(
+            config, contextual_len=2, max_seq_len=9, implementation="reference"
+        )
+        placement = batches.place([7], row_len=7, packed=False, rule=layer.rule)
+        params = random_params(layer, placement)
+        x = jnp.asarray(placement.to_grid(random_tokens(placement)))
+        return np.asarray(layer.apply({"params": params}, x, sequence_of(placement)))[0]
+
+    difference = np.abs(output(**fields) - output()).max(axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(difference > 1e-4), list(changed))
