@@ -90,13 +90,6 @@ def _truncates(case: Case) -> bool:
     return tail_len > 0 or bool(case.args.get("stack"))
 
 
-def _uses_layer_norm_mlp(case: Case) -> bool:
-    return bool(case.args.get("use_ln") or case.args.get("use_bn")) or (
-        "use_ln: true" in case.args.get("config", "")
-        or "use_bn: true" in case.args.get("config", "")
-    )
-
-
 # (option, why it is not here yet, which cases use it). The list must shrink to nothing.
 NOT_YET_SUPPORTED: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
     ("delta attention", "cached decoding is a later issue", lambda c: c.op == "delta_hstu_mha"),
@@ -109,31 +102,6 @@ NOT_YET_SUPPORTED: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
         "targets",
         "ranking variants only; attention itself supports them",
         lambda c: c.op in ("STUStack", "HSTUPositionalEncoder") and _has_targets(c),
-    ),
-    (
-        "parameterized action MLP",
-        "parameterized_mlp is a field of the next issue",
-        lambda c: (
-            c.op == "ParameterizedContextualizedMLP"
-            or any("_attn_raw_weights" in name for name in c.arrays)
-        ),
-    ),
-    (
-        "timestamp_layernorm postprocessor",
-        "a choice of the next issue",
-        lambda c: c.op == "TimestampLayerNormPostprocessor",
-    ),
-    (
-        "layer or batch norm in an MLP",
-        "use_ln and use_bn are fields of the next issue",
-        _uses_layer_norm_mlp,
-    ),
-    (
-        "descending histories",
-        "sequence_timestamp_is_ascending is a field of the next issue",
-        lambda c: (
-            c.args.get("sequence_timestamp_is_ascending") is False or c.args.get("asc") == "false"
-        ),
     ),
     (
         "hard negatives",

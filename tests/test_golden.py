@@ -16,7 +16,7 @@ import pytest
 from hstu_jax.model import encoder, normalization, stu, time_buckets
 from hstu_jax.tables import update
 from pallas_kernels.hstu_attention import api as attention
-from tests import golden_cases, golden_model_runners, golden_runners
+from tests import golden_cases, golden_model_runners, golden_runners, golden_tower_runners
 
 FOLDER, IS_WHOLE = golden_cases.golden_folder()
 CASES = golden_cases.load_cases(FOLDER)
@@ -27,13 +27,15 @@ RUNNERS = {
     "STUStack": golden_runners.run_stu_stack,
     "HSTUPositionalEncoder": golden_runners.run_positional_encoder,
     "SimpleActionEncoder": golden_runners.run_action_encoder,
-    "SimpleContextualizedMLP": golden_runners.run_simple_mlp,
-    "SwishLayerNorm": golden_runners.run_swish_layer_norm,
-    "LayerNorm": golden_runners.run_layer_norm,
-    "L2NormPostprocessor": golden_runners.run_l2_norm,
-    "LayerNormPostprocessor": golden_runners.run_layer_norm,
-    "MLP": golden_runners.run_mlp,
-    "input_preprocessor": golden_runners.run_preprocessor,
+    "SimpleContextualizedMLP": golden_tower_runners.run_simple_mlp,
+    "ParameterizedContextualizedMLP": golden_tower_runners.run_parameterized_mlp,
+    "SwishLayerNorm": golden_tower_runners.run_swish_layer_norm,
+    "LayerNorm": golden_tower_runners.run_layer_norm,
+    "L2NormPostprocessor": golden_tower_runners.run_postprocessor,
+    "LayerNormPostprocessor": golden_tower_runners.run_postprocessor,
+    "TimestampLayerNormPostprocessor": golden_tower_runners.run_postprocessor,
+    "MLP": golden_tower_runners.run_mlp,
+    "input_preprocessor": golden_tower_runners.run_preprocessor,
     "HSTUMatchEncoder": golden_model_runners.run_encoder,
     "HSTUMatch": golden_model_runners.run_match,
     "sim_with_sampler": golden_model_runners.run_scores,

@@ -65,6 +65,8 @@ class Batch:
         watch_time_s: seconds watched.
         time_gap_s: query time minus event time in seconds, from int64 (DESIGN 3.6); contextual
             slots hold the query time itself, since their time is 0.
+        last_phase: where the user's last token lies in every period that the output postprocessor
+            reads, in radians (`time_phases.py`); often there is none.
         contextual: id feature -> the user's id.
         user_index: number of the user in the global batch, independent of packing; keys dropout.
         user_mask: user slots in use (a user may have an empty segment).
@@ -85,6 +87,7 @@ class Batch:
     action: Int[AnyArray, "G R L"]
     watch_time_s: Float[AnyArray, "G R L"]
     time_gap_s: Float[AnyArray, "G R L"]
+    last_phase: Float[AnyArray, "G U num_periods"]
     contextual: dict[str, Int[AnyArray, "G U"]]
     user_index: Int[AnyArray, "G U"]
     user_mask: Bool[AnyArray, "G U"]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hstu_jax.data import event_store
+from hstu_jax.features import time_phases
 from hstu_jax.features.batch import Batch, BatchShape
 from hstu_jax.features.columns import BatchColumns
 from hstu_jax.features.negatives import NegativeSampler
@@ -30,6 +31,7 @@ class BatchSource:
         num_contextual: C, contextual slots in front of every history.
         max_seq_len: history items kept, the newest.
         rule: the attention mask, for the block schedule.
+        periods: of the output postprocessor, as for `time_phases`.
     """
 
     store: event_store.EventStore
@@ -38,6 +40,7 @@ class BatchSource:
     num_contextual: int
     max_seq_len: int
     rule: attention_layout.MaskRule
+    periods: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,7 @@ def build_batch(
     batch_arrays = _segment_arrays(segments, source, shape)
     batch_arrays |= _block_schedule(batch_arrays, source, shape)
     batch_arrays |= _history_arrays(segments, source, shape)
+    batch_arrays["last_phase"] = _last_phases(segments, source, shape)
     users = windows.user_index[window]
     batch_arrays["contextual"] = {
         name: _scatter(shape.groups, shape.users, np.int32, segments.slot, column[users])
@@ -172,6 +176,18 @@ def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape)
         "watch_time_s": fill(columns.watch_time_s, np.float32),
         "time_gap_s": gap.reshape(shape.groups, shape.rows, shape.row_len),
     }
+
+
+def _last_phases(segments: _Segments, source: BatchSource, shape: BatchShape) -> np.ndarray:
+    """Phases of the newest event; of time 0, which contextual tokens have, without history."""
+    has_history = _history_lengths(segments, source) > 0
+    newest = source.store.windows.history_end[segments.window[has_history]] - 1
+    time_s = np.zeros(len(segments.window), dtype=np.int64)
+    if source.periods:
+        time_s[has_history] = source.columns.timestamp_s[newest]
+    phases = np.zeros((shape.groups * shape.users, len(source.periods)), dtype=np.float32)
+    phases[segments.slot] = time_phases.time_phases(time_s, source.periods)
+    return phases.reshape(shape.groups, shape.users, -1)
 
 
 def _positive_arrays(

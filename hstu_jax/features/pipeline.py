@@ -104,6 +104,7 @@ class Pipeline:
                 contextual_len=config.num_contextual,
                 max_attn_len=config.model.user_tower.hstu.stu.max_attn_len,
             ),
+            periods=config.model.user_tower.hstu.timestamp_layernorm.pairs,
         )
         self._schedule = windows.Schedule(
             self._windows,

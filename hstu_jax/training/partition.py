@@ -66,7 +66,9 @@ def check_groups(num_groups: int, mesh: Mesh) -> None:
         )
 
 
-STATE_SPEC = state_lib.TrainState(step=P(), params=P(), opt_state=P(), tables=SPLIT)
+STATE_SPEC = state_lib.TrainState(
+    step=P(), params=P(), opt_state=P(), tables=SPLIT, batch_stats=P()
+)
 
 
 def place_train_step(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

@@ -87,7 +87,9 @@ def make_program(config: schema.Config, *, num_steps: int) -> Program:
     }
     return Program(
         config=config,
-        model=match.build_model(config.model, features, config.feature_groups),
+        model=match.build_model(
+            config.model, features, config.feature_groups, axis_names=partition.AXES
+        ),
         plan=feature_lookup.make_plan(config),
         specs=tuple(specs.values()),
         optimizer=optimizer_lib.dense_optimizer(config.train.dense_optimizer, num_steps=num_steps),
@@ -124,11 +126,14 @@ def train_step(
             for table, rows in picked.items()
         }
         inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
-        towers = program.model.apply({"params": params}, inputs, batch, dropout_key)
+        towers, changed = program.model.apply(
+            train_state.variables(params), inputs, batch, dropout_key, mutable=["batch_stats"]
+        )
         scores = score(program, towers, batch)
-        return scores.loss_sum / jnp.maximum(num_queries, 1.0), scores
+        loss = scores.loss_sum / jnp.maximum(num_queries, 1.0)
+        return loss, (scores, changed.get("batch_stats", {}))
 
-    (_, scores), (param_grads, row_grads) = jax.value_and_grad(
+    (_, (scores, batch_stats)), (param_grads, row_grads) = jax.value_and_grad(
         global_loss, argnums=(0, 1), has_aux=True
     )(train_state.params, picked)
 
@@ -158,6 +163,7 @@ def train_step(
         params=optax.apply_updates(train_state.params, updates),
         opt_state=opt_state,
         tables={**train_state.tables, **tables},
+        batch_stats=batch_stats,
     )
     metrics = _metrics(program, scores, batch, num_not_finite=num_not_finite)
     return new_state, jax.lax.psum(metrics, axes)
@@ -173,7 +179,7 @@ def eval_step(
     unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
     inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
-    towers = program.model.apply({"params": train_state.params}, inputs, batch)
+    towers = program.model.apply(train_state.variables(), inputs, batch)
     scores = score(program, towers, batch)
     metrics = _metrics(program, scores, batch, num_not_finite=jnp.float32(0))
     return jax.lax.psum(metrics, partition.AXES), towers.user
@@ -196,7 +202,7 @@ def item_step(
     unique, picked = fetch(program, train_state, feature_lookup.item_ids(program.plan, ids, valid))
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
     embeddings = feature_lookup.to_item_inputs(program.plan, vectors, num_items=valid.shape[0])
-    return program.model.apply({"params": train_state.params}, embeddings, method="item")
+    return program.model.apply(train_state.variables(), embeddings, method="item")
 
 
 def score(

@@ -122,6 +122,7 @@ def make_batch(
     num_queries: int = 1,
     num_negatives: int = 1,
     fill: float = 0.0,
+    last_phase: np.ndarray | None = None,
 ) -> features_batch.Batch:
     """One group. Jagged content per token; queries belong to user 0, lookups are not filled in.
 
@@ -134,6 +135,7 @@ def make_batch(
         num_queries: Q, all in use.
         num_negatives: M.
         fill: what padding holds in float arrays.
+        last_phase: [user slots, periods] of the output postprocessor; None = no periods.
     """
     pairs, count = placement.block_pairs()
     slots = len(placement.starts)
@@ -146,6 +148,7 @@ def make_batch(
         action=placement.to_grid(action.astype(np.int32))[None],
         watch_time_s=placement.to_grid(watch_time_s.astype(np.float32), fill=fill)[None],
         time_gap_s=placement.to_grid(time_gap_s.astype(np.float32), fill=fill)[None],
+        last_phase=(np.zeros((slots, 0), np.float32) if last_phase is None else last_phase)[None],
         contextual={},
         user_index=np.arange(slots, dtype=np.int32)[None],
         user_mask=(np.arange(slots) < num_users)[None],
