@@ -80,6 +80,17 @@ _POSTPROCESSORS = {
 }
 
 
+def _phases(timestamps, pair):
+    """Phases of one period, of times that the reference would take for the same.
+
+    It divides in float32, also integers, and may round up into the next unit near its edge; ours
+    does not. So each time is replaced by the start of the unit that the reference finds.
+    """
+    unit, _ = pair
+    found = np.floor(timestamps.astype(np.float32) / np.float32(unit)).astype(np.int64)
+    return time_phases.time_phases(found * unit, (pair,))
+
+
 def run_postprocessor(case: golden_cases.Case) -> None:
     """The three output postprocessors, at every token."""
     x = jnp.asarray(case["in.x"])
@@ -89,9 +100,9 @@ def run_postprocessor(case: golden_cases.Case) -> None:
             time_duration_period_units=tuple(case.args["time_duration_period_units"]),
             time_duration_units_per_period=tuple(case.args["time_duration_units_per_period"]),
         )
-        # Recorded as float32 or integers; the reference's floats hold whole seconds.
-        seconds = case["in.timestamps"].reshape(-1).astype(np.int64)
-        phase = time_phases.time_phases(seconds, periods.pairs)
+        phase = np.concatenate(
+            [_phases(case["in.timestamps"].reshape(-1), pair) for pair in periods.pairs], axis=1
+        )
     module = encoder.Encoder(
         preprocess=preprocessor.UihPreprocessor(
             output_dim=x.shape[1], contextual_len=0, actions=None, action_mlp=None
