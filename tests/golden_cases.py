@@ -1,4 +1,4 @@
-"""The reference's recorded numbers: loading, and what this version does not support yet.
+"""The reference's recorded numbers: where they are, and loading.
 
 A case is one `.npz` of the folder; nothing here or in `test_golden.py` knows a case by name. How a
 case is replayed is in `golden_runners.py`.
@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable
 
 import numpy as np
 
@@ -59,17 +58,17 @@ class Case:
         }
 
 
-def golden_folder() -> tuple[pathlib.Path, bool]:
-    """The folder to replay, and whether it is the whole collection that comes with the project.
+def golden_folder() -> pathlib.Path:
+    """The folder to replay.
 
     `HSTU_GOLDEN_DIR` if it is set, else `../shared/golden` where that exists, else the few files
     that come with the repository.
     """
     named = os.environ.get("HSTU_GOLDEN_DIR")
     if named:
-        return pathlib.Path(named), False
+        return pathlib.Path(named)
     shared = _ROOT.parent / "shared" / "golden"
-    return (shared, True) if shared.is_dir() else (COPIES, False)
+    return shared if shared.is_dir() else COPIES
 
 
 def load_cases(folder: pathlib.Path) -> list[Case]:
@@ -79,46 +78,3 @@ def load_cases(folder: pathlib.Path) -> list[Case]:
         with np.load(path) as z:
             cases.append(Case(path, json.loads(str(z["meta_json"]))))
     return cases
-
-
-def _uses_layer_norm_mlp(case: Case) -> bool:
-    return bool(case.args.get("use_ln") or case.args.get("use_bn")) or (
-        "use_ln: true" in case.args.get("config", "")
-        or "use_bn: true" in case.args.get("config", "")
-    )
-
-
-# (option, why it is not here yet, which cases use it). The list must shrink to nothing.
-NOT_YET_SUPPORTED: tuple[tuple[str, str, Callable[[Case], bool]], ...] = (
-    (
-        "parameterized action MLP",
-        "parameterized_mlp is a field of the next issue",
-        lambda c: (
-            c.op == "ParameterizedContextualizedMLP"
-            or any("_attn_raw_weights" in name for name in c.arrays)
-        ),
-    ),
-    (
-        "timestamp_layernorm postprocessor",
-        "a choice of the next issue",
-        lambda c: c.op == "TimestampLayerNormPostprocessor",
-    ),
-    (
-        "layer or batch norm in an MLP",
-        "use_ln and use_bn are fields of the next issue",
-        _uses_layer_norm_mlp,
-    ),
-    (
-        "descending histories",
-        "sequence_timestamp_is_ascending is a field of the next issue",
-        lambda c: (
-            c.args.get("sequence_timestamp_is_ascending") is False or c.args.get("asc") == "false"
-        ),
-    ),
-)
-
-
-def not_yet_supported(case: Case) -> str:
-    """The options of a case that are not supported yet, with reasons; "" if it must pass."""
-    hits = [f"{option}: {why}" for option, why, uses in NOT_YET_SUPPORTED if uses(case)]
-    return "; ".join(hits)

@@ -4,16 +4,20 @@ Small operations and the comparisons are in `golden_runners.py`, scoring in `gol
 trainings in `golden_training_runners.py`.
 """
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hstu_jax.config import model_schema, schema
+from hstu_jax.config import model_schema, schema, tower_schema
 from hstu_jax.model import encoder, match, reference_weights
 from hstu_jax.model import lookups as model_lookups
-from tests import golden_cases, golden_runners, golden_scoring, golden_stack_runners
+from tests import (
+    golden_cases,
+    golden_fields,
+    golden_runners,
+    golden_scoring,
+    golden_stack_runners,
+)
 from tests.model import batches
 
 # From the recorder's notes: (forward atol, rtol), (gradient atol, rtol).
@@ -30,12 +34,8 @@ def hstu_config(args: dict) -> model_schema.HstuConfig:
         actions = model_schema.ActionEncoderConfig(
             simple_action_encoder=model_schema.SimpleActionEncoderConfig(**fields)
         )
-    mlp = uih.get("action_mlp")
-    if mlp is not None:
-        mlp = model_schema.ActionMlpConfig(
-            simple_mlp=model_schema.SimpleMlpConfig(**mlp["simple_mlp"])
-        )
-    (postprocessor,) = args["output_postprocessor"]
+    mlp = golden_fields.action_mlp_config(uih.get("action_mlp"))
+    ((postprocessor, periods),) = args["output_postprocessor"].items()
     return model_schema.HstuConfig(
         stu=golden_stack_runners.stu_config(args["stu"]),
         input_dropout_ratio=args["input_dropout_ratio"],
@@ -48,6 +48,9 @@ def hstu_config(args: dict) -> model_schema.HstuConfig:
         ),
         output_postprocessor=postprocessor.removesuffix("_postprocessor"),
         **{name: args.get(name, 0) for name in _TRUNCATION},
+        timestamp_layernorm=tower_schema.TimestampLayerNormConfig(
+            **{name: tuple(int(n) for n in values) for name, values in periods.items()}
+        ),
     )
 
 
@@ -76,10 +79,18 @@ def _batch(case, uih_lengths, contextual_len, stack, tail_len, keys, **sizes):
     if tail_len:
         sizes["tail"] = placement.tail(num_contextual=contextual_len, tail_len=tail_len)
     is_history = np.concatenate([np.arange(n) >= contextual_len for n in lengths])
+    # The token of every recorded history item; rows run from oldest to newest, or back.
+    history_tokens = np.flatnonzero(is_history)
+    if _is_newest_first(case):
+        ends = np.cumsum(uih_lengths)
+        turned = [
+            np.arange(end - 1, end - n - 1, -1) for end, n in zip(ends, uih_lengths, strict=True)
+        ]
+        history_tokens = history_tokens[np.concatenate(turned)]
 
     def per_token(values):
         full = np.zeros(len(is_history), values.dtype)
-        full[is_history] = values[:, 0]
+        full[history_tokens] = values[:, 0]
         return full
 
     query_time = case.arrays.get("in.query_time")
@@ -93,7 +104,17 @@ def _batch(case, uih_lengths, contextual_len, stack, tail_len, keys, **sizes):
         fill=np.nan,
         **sizes,
     )
-    return placement, np.flatnonzero(is_history), batch
+    return placement, history_tokens, batch
+
+
+def _is_newest_first(case):
+    """Whether the recorded rows are stored from newest to oldest."""
+    texts = case.args.get("asc", ""), case.args.get("config", "")
+    return (
+        case.args.get("sequence_timestamp_is_ascending") is False
+        or texts[0] == "false"
+        or "sequence_timestamp_is_ascending: false" in texts[1]
+    )
 
 
 def _history_grid(placement, history_tokens, values):
@@ -156,67 +177,18 @@ def run_encoder(case: golden_cases.Case) -> None:
     golden_runners.check(case, "user_emb", fn, inputs, params, _E, name_of=name_of)
 
 
-def parse_text(text: str) -> dict:
-    """A protocol buffer text message as nested dicts of lists (every field is a list)."""
-    tokens = iter(re.findall(r'"[^"]*"|[{}]|[\w.+-]+:?', text))
-
-    def message():
-        fields: dict[str, list] = {}
-        for token in tokens:
-            if token == "}":
-                break
-            if token.endswith(":"):
-                value = _scalar(next(tokens))
-            else:
-                assert next(tokens) == "{", token
-                value = message()
-            fields.setdefault(token.removesuffix(":"), []).append(value)
-        return fields
-
-    return message()
-
-
-def _scalar(token):
-    if token.startswith('"'):
-        return token.strip('"')
-    if token in ("true", "false"):
-        return token == "true"
-    try:
-        return float(token) if "." in token or "e" in token else int(token)
-    except ValueError:
-        return token
-
-
-_REPEATED = ("action_weights", "hidden_units")
-
-
-def _single(fields):
-    """`parse_text` output with lists only where the reference's field is repeated."""
-    return {
-        name: values if name in _REPEATED else _single_value(values[0])
-        for name, values in fields.items()
-    }
-
-
-def _single_value(value):
-    return _single(value) if isinstance(value, dict) else value
-
-
 def model_config(text):
     """`ModelConfig` from the recorded text configuration."""
-    raw = _single(parse_text(text)["hstu_match"][0])
+    raw = golden_fields.parse_fields(text)["hstu_match"]
     user = raw["user_tower"]
     args = {"input_dropout_ratio": 0.2, "attn_num_layers": 3, **user["hstu"]}
-    mlp = raw["item_tower"].get("mlp")
-    if mlp is not None:
-        mlp = model_schema.MlpConfig(
-            hidden_units=tuple(mlp["hidden_units"]), activation=mlp.get("activation", "nn.ReLU")
-        )
     return model_schema.ModelConfig(
         user_tower=model_schema.UserTowerConfig(
             hstu=hstu_config(args), max_seq_len=user["max_seq_len"]
         ),
-        item_tower=model_schema.ItemTowerConfig(mlp=mlp),
+        item_tower=model_schema.ItemTowerConfig(
+            mlp=golden_fields.mlp_config(raw["item_tower"].get("mlp"))
+        ),
         output_dim=raw.get("output_dim", 0),
         similarity=raw["similarity"],
         temperature=raw["temperature"],

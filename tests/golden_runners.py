@@ -1,6 +1,7 @@
 """Replays one recorded case through this package and compares outputs and gradients.
 
-One function per operation of the reference. Users are packed, several to a row, wherever the
+One function per operation of the reference; those of the modules around the sequence layers are in
+`golden_tower_runners.py`. Users are packed, several to a row, wherever the
 operation has rows, so that parity and packing are checked at once.
 """
 
@@ -12,19 +13,15 @@ import numpy as np
 
 from hstu_jax.model import (
     action_encoder,
-    contextual_mlp,
-    normalization,
-    preprocessor,
     reference_weights,
-    towers,
 )
 from tests import golden_cases
 from tests.model import batches
 
 ENCODER = "user_tower._hstu_encoder."
-_PREPROCESSOR = f"{ENCODER}_input_preprocessor."
+PREPROCESSOR = f"{ENCODER}_input_preprocessor."
 # Per family: (forward atol, rtol), (gradient atol, rtol), from the recorder's notes on tolerances.
-_D = (1e-5, 1e-5), (1e-4, 1e-4)
+D_TOLERANCE = (1e-5, 1e-5), (1e-4, 1e-4)
 E_TOLERANCE = (2e-5, 1e-5), (2e-4, 1e-3)
 
 
@@ -87,7 +84,7 @@ def sub_params(case, module, reference_prefix, path, *example, **keywords):
     weights = {reference_prefix + name: value for name, value in case.group("w").items()}
     params = reference_weights.to_params(weights, like=nest(like))
     for key in keys:
-        params = params[key]
+        params = params.get(key, {})  # a module without parameters has no branch
 
     def name_of(grads):
         named = reference_weights.from_params(nest(grads))
@@ -124,24 +121,29 @@ def time_gaps(timestamps, query_time, lengths):
     return (np.repeat(anchor, lengths) - timestamps).astype(np.float32)
 
 
+def action_encoder_of(fields: dict) -> action_encoder.SimpleActionEncoder:
+    """The action encoder of the reference's fields; other keys are ignored."""
+    return action_encoder.SimpleActionEncoder(
+        action_embedding_dim=fields["action_embedding_dim"],
+        action_weights=tuple(fields["action_weights"]),
+        watchtime_to_action_thresholds=tuple(
+            float(t) for t in fields.get("watchtime_to_action_thresholds", ())
+        ),
+        watchtime_to_action_weights=tuple(fields.get("watchtime_to_action_weights", ())),
+    )
+
+
 def run_action_encoder(case: golden_cases.Case) -> None:
     """Family D: `SimpleActionEncoder` on tokens without targets."""
     args = case.args
-    module = action_encoder.SimpleActionEncoder(
-        action_embedding_dim=args["action_embedding_dim"],
-        action_weights=tuple(args["action_weights"]),
-        watchtime_to_action_thresholds=tuple(
-            float(t) for t in args.get("watchtime_to_action_thresholds", ())
-        ),
-        watchtime_to_action_weights=tuple(args.get("watchtime_to_action_weights", ())),
-    )
+    module = action_encoder_of(args)
     assert module.output_dim == args["output_dim"]
     action = jnp.asarray(case["in.actions"].astype(np.int32)).T
     watch_time_s = jnp.asarray(case.arrays.get("in.watchtimes", case["in.actions"])).T
     params, name_of = sub_params(
         case,
         module,
-        f"{_PREPROCESSOR}_action_encoder.",
+        f"{PREPROCESSOR}_action_encoder.",
         "user_tower/encoder/preprocess/actions",
         action,
         watch_time_s,
@@ -150,103 +152,4 @@ def run_action_encoder(case: golden_cases.Case) -> None:
     def fn(params, inputs):
         return module.apply({"params": params}, action, watch_time_s)[0]
 
-    check(case, "y", fn, {}, params, _D, name_of=name_of)
-
-
-def run_simple_mlp(case: golden_cases.Case) -> None:
-    """Family D: `SimpleContextualizedMLP`; it does not read the contextual features."""
-    args = case.args
-    module = contextual_mlp.SimpleMlp(args["hidden_dim"], args["sequential_output_dim"])
-    prefix = f"{_PREPROCESSOR}_action_embedding_mlp."
-    _run_rowwise(case, module, prefix, "user_tower/encoder/preprocess/action_mlp")
-
-
-def run_swish_layer_norm(case: golden_cases.Case) -> None:
-    """Family D: `SwishLayerNorm`."""
-    prefix = f"{_PREPROCESSOR}_action_embedding_mlp._mlp.1."
-    path = "user_tower/encoder/preprocess/action_mlp/swish_norm"
-    _run_rowwise(case, contextual_mlp.SwishLayerNorm(), prefix, path)
-
-
-def run_layer_norm(case: golden_cases.Case) -> None:
-    """Family D: `LayerNorm` and `LayerNormPostprocessor`."""
-    module = normalization.LayerNorm(eps=case.args["eps"])
-    prefix = f"{ENCODER}_output_postprocessor._layer_norm."
-    if case.op == "LayerNormPostprocessor":
-        case = case.renamed("_layer_norm.", "")
-    _run_rowwise(case, module, prefix, "user_tower/encoder/output_norm")
-
-
-def run_l2_norm(case: golden_cases.Case) -> None:
-    """Family D: `L2NormPostprocessor`."""
-    inputs = {"x": jnp.asarray(case["in.x"])}
-    check(
-        case,
-        "y",
-        lambda params, inputs: normalization.l2_normalize(inputs["x"]),
-        inputs,
-        {},
-        _D,
-        name_of=lambda grads: {},
-    )
-
-
-def run_mlp(case: golden_cases.Case) -> None:
-    """Family D: `MLP`."""
-    module = towers.Mlp(tuple(case.args["hidden_units"]), case.args["activation"])
-    _run_rowwise(case, module, "item_tower.mlp.", "item_tower/mlp")
-
-
-def _run_rowwise(case, module, reference_prefix, path):
-    """A module of one input array `x`; the inputs it does not have are recorded as zero."""
-    inputs = {name: jnp.asarray(case[f"in.{name}"]) for name in case.group("grad_in")}
-    params, name_of = sub_params(case, module, reference_prefix, path, inputs["x"])
-
-    def fn(params, inputs):
-        return module.apply({"params": params}, inputs["x"])
-
-    check(case, "y", fn, inputs, params, _D, name_of=name_of)
-
-
-def run_preprocessor(case: golden_cases.Case) -> None:
-    """Family D: the UIH preprocessor without an action encoder."""
-    args = case.args
-    contextual_len = args["max_contextual_seq_len"]
-    module = preprocessor.UihPreprocessor(
-        output_dim=args["output_embedding_dim"],
-        contextual_len=contextual_len,
-        actions=None,
-        action_hidden_dim=0,
-    )
-    lengths = np.asarray(args["uih_lengths"]) + contextual_len
-    np.testing.assert_array_equal(lengths, case["out.seq_lengths"])
-    placement = place(lengths)
-    is_history = np.concatenate([np.arange(n) >= contextual_len for n in lengths])
-    grid_shape = (placement.num_rows, placement.row_len)
-    contextual_dim = args["contextual_feature_dim"]
-
-    def call(inputs):
-        history = jnp.full((len(is_history), inputs["uih.sequence"].shape[-1]), jnp.nan)
-        history = history.at[np.flatnonzero(is_history)].set(inputs["uih.sequence"])
-        contextual = inputs.get("contextual", jnp.zeros((len(lengths), 0)))
-        return (
-            to_grid(placement, history),
-            contextual.reshape(len(lengths), contextual_len, contextual_dim),
-        ), dict(
-            action=jnp.zeros(grid_shape, jnp.int32),
-            watch_time_s=jnp.zeros(grid_shape),
-            layout=placement.layout(),
-            history_mask=jnp.asarray(placement.to_grid(is_history)),
-        )
-
-    inputs = {name: jnp.asarray(case[f"in.{name}"]) for name in case.group("grad_in")}
-    arrays, keywords = call(inputs)
-    params, name_of = sub_params(
-        case, module, _PREPROCESSOR, "user_tower/encoder/preprocess", *arrays, **keywords
-    )
-
-    def fn(params, inputs):
-        arrays, keywords = call(inputs)
-        return from_grid(placement, module.apply({"params": params}, *arrays, **keywords))
-
-    check(case, "embeddings", fn, inputs, params, _D, name_of=name_of)
+    check(case, "y", fn, {}, params, D_TOLERANCE, name_of=name_of)

@@ -16,7 +16,13 @@ from hstu_jax.model import reference_weights
 from hstu_jax.tables import spec as table_spec
 from hstu_jax.tables import update
 from hstu_jax.training import partition, schedules, state, step
-from tests import golden_cases, golden_model_runners, golden_runners, golden_scoring
+from tests import (
+    golden_cases,
+    golden_fields,
+    golden_model_runners,
+    golden_runners,
+    golden_scoring,
+)
 from tests.model import batches
 
 # From the recorder's notes: (atol, rtol). Adam turns the rounding of a gradient near zero into a
@@ -60,7 +66,7 @@ def run_training(case: golden_cases.Case) -> None:
 
 def _config(case) -> schema.Config:
     """The recorded model, features and optimizers as a configuration of ours."""
-    text = golden_model_runners.parse_text(case.args["config"])
+    text = golden_fields.parse_text(case.args["config"])
     groups = {
         group["group_name"][0]: tuple(group["feature_names"]) for group in text["feature_groups"]
     }
@@ -108,7 +114,7 @@ def _first_state(case, program, mesh):
         sums = np.zeros(spec.padded_rows, np.float32)
         tables[name] = jax.device_put(update.TableState(rows, {"accumulator": sums}), split)
     return state.init_state(
-        params,
+        {"params": params, "batch_stats": {}},
         optimizer=program.optimizer,
         tables=tables,
         replicated=partition.replicated_sharding(mesh),

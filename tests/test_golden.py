@@ -1,8 +1,7 @@
 """Parity with the reference: every recorded case of the folder, forward and gradients.
 
 `HSTU_GOLDEN_DIR` names the folder (default `../shared/golden`, else the copies in `tests/golden`).
-Cases are chosen by their recorded operation and arguments, never by name. Cases that use an option
-of `golden_cases.NOT_YET_SUPPORTED` are counted and printed, not passed.
+Cases are chosen by their recorded operation and arguments, never by name; every one must pass.
 """
 
 import collections
@@ -24,12 +23,12 @@ from tests import (
     golden_runners,
     golden_scoring,
     golden_stack_runners,
+    golden_tower_runners,
     golden_training_runners,
 )
 
-FOLDER, IS_WHOLE = golden_cases.golden_folder()
+FOLDER = golden_cases.golden_folder()
 CASES = golden_cases.load_cases(FOLDER)
-SUPPORTED = [case for case in CASES if not golden_cases.not_yet_supported(case)]
 
 RUNNERS = {
     "hstu_mha": golden_stack_runners.run_attention,
@@ -37,13 +36,15 @@ RUNNERS = {
     "STUStack": golden_stack_runners.run_stu_stack,
     "HSTUPositionalEncoder": golden_stack_runners.run_positional_encoder,
     "SimpleActionEncoder": golden_runners.run_action_encoder,
-    "SimpleContextualizedMLP": golden_runners.run_simple_mlp,
-    "SwishLayerNorm": golden_runners.run_swish_layer_norm,
-    "LayerNorm": golden_runners.run_layer_norm,
-    "L2NormPostprocessor": golden_runners.run_l2_norm,
-    "LayerNormPostprocessor": golden_runners.run_layer_norm,
-    "MLP": golden_runners.run_mlp,
-    "input_preprocessor": golden_runners.run_preprocessor,
+    "SimpleContextualizedMLP": golden_tower_runners.run_simple_mlp,
+    "ParameterizedContextualizedMLP": golden_tower_runners.run_parameterized_mlp,
+    "SwishLayerNorm": golden_tower_runners.run_swish_layer_norm,
+    "LayerNorm": golden_tower_runners.run_layer_norm,
+    "L2NormPostprocessor": golden_tower_runners.run_postprocessor,
+    "LayerNormPostprocessor": golden_tower_runners.run_postprocessor,
+    "TimestampLayerNormPostprocessor": golden_tower_runners.run_postprocessor,
+    "MLP": golden_tower_runners.run_mlp,
+    "input_preprocessor": golden_tower_runners.run_preprocessor,
     "HSTUMatchEncoder": golden_model_runners.run_encoder,
     "HSTUMatch": golden_model_runners.run_match,
     "sim_with_sampler": golden_scoring.run_scores,
@@ -59,34 +60,21 @@ def run(case):
     RUNNERS[case.op](case)
 
 
-@pytest.mark.parametrize("case", SUPPORTED, ids=lambda case: case.path.stem)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.path.stem)
 def test_recorded_case(case):
     run(case)
 
 
 def test_coverage_is_reported(capsys):
     assert CASES, f"HSTU_GOLDEN_DIR={FOLDER}: holds no .npz files; name the folder of the cases"
-    families = collections.Counter(case.path.stem[0] for case in SUPPORTED)
-    waiting = {option: [] for option, _, _ in golden_cases.NOT_YET_SUPPORTED}
-    for case in CASES:
-        for option, _, uses in golden_cases.NOT_YET_SUPPORTED:
-            if uses(case):
-                waiting[option].append(case.path.stem.split("_")[0])
-    lines = [
-        f"golden: {len(SUPPORTED)} of {len(CASES)} cases of {FOLDER} replayed "
+    families = collections.Counter(case.path.stem[0] for case in CASES)
+    line = (
+        f"golden: {len(CASES)} cases of {FOLDER} replayed "
         f"({', '.join(f'{family} {count}' for family, count in sorted(families.items()))})"
-    ]
-    lines += [
-        f"golden: not yet supported: {option} ({why}): {' '.join(waiting[option])}"
-        for option, why, _ in golden_cases.NOT_YET_SUPPORTED
-        if waiting[option]
-    ]
+    )
     with capsys.disabled():
         # To stderr: the workers of pytest-xdist have no terminal of their own on stdout.
-        print("", *lines, sep="\n", file=sys.stderr)
-    if IS_WHOLE:
-        stale = [option for option, cases in waiting.items() if not cases]
-        assert not stale, f"NOT_YET_SUPPORTED lists options that no case uses: {stale}"
+        print("", line, sep="\n", file=sys.stderr)
 
 
 def test_an_unknown_operation_fails():
@@ -184,7 +172,7 @@ WRONG_VARIANTS = {
 @pytest.mark.parametrize("name", WRONG_VARIANTS)
 def test_wrong_variant_is_caught(name, monkeypatch):
     owner, attribute, wrong, ops = WRONG_VARIANTS[name]
-    candidates = [case for case in SUPPORTED if case.op in ops]
+    candidates = [case for case in CASES if case.op in ops]
     if not candidates:  # a folder without that family
         copies = golden_cases.load_cases(golden_cases.COPIES)
         candidates = [case for case in copies if case.op in ops]

@@ -9,6 +9,7 @@ from typing import Literal
 
 from hstu_jax.config.checks import require, require_ratio
 from hstu_jax.config.stu_schema import StuConfig
+from hstu_jax.config.tower_schema import ActionMlpConfig, MlpConfig, TimestampLayerNormConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,23 +88,6 @@ class ActionEncoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SimpleMlpConfig:
-    """Linear, SwishLayerNorm, Linear, LayerNorm (FACTS 4.2)."""
-
-    hidden_dim: int = 64
-
-    def __post_init__(self):
-        require(self.hidden_dim > 0, "hidden_dim", self.hidden_dim, "must be positive")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ActionMlpConfig:
-    """Which MLP projects the action encoding; there is one kind."""
-
-    simple_mlp: SimpleMlpConfig = SimpleMlpConfig()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class UihPreprocessorConfig:
     """Projects the history, adds actions, prepends contextual tokens (FACTS 4.5).
 
@@ -139,7 +123,8 @@ class HstuConfig:
     positional_encoder: PositionalEncoderConfig = PositionalEncoderConfig()
     input_preprocessor: InputPreprocessorConfig = InputPreprocessorConfig()
     # The reference writes `l2norm_postprocessor {}`; a message without fields is a name here.
-    output_postprocessor: Literal["l2norm", "layernorm"] = "l2norm"
+    output_postprocessor: Literal["l2norm", "layernorm", "timestamp_layernorm"] = "l2norm"
+    timestamp_layernorm: TimestampLayerNormConfig = TimestampLayerNormConfig()
     # The window objective reads only each user's last position, so the last layer computes only
     # that one: exact, and about 1.4 times fewer operations at the reference's size.
     last_layer: Literal["last_position", "all_positions"] = "last_position"
@@ -154,6 +139,7 @@ class HstuConfig:
             self.attn_num_layers > 0, "attn_num_layers", self.attn_num_layers, "must be positive"
         )
         self._check_truncation()
+        self._check_periods()
 
     def _check_truncation(self):
         split, tail_len = self.attn_truncation_split_layer, self.attn_truncation_tail_len
@@ -173,6 +159,27 @@ class HstuConfig:
             split,
             f"must be below attn_num_layers={self.attn_num_layers}, since layers count from 0",
             "choose a lower layer",
+        )
+
+    def _check_periods(self):
+        is_timed, periods = (
+            self.output_postprocessor == "timestamp_layernorm",
+            self.timestamp_layernorm,
+        )
+        require(
+            is_timed or not periods.pairs,
+            "timestamp_layernorm",
+            periods,
+            f"is not read with output_postprocessor={self.output_postprocessor!r}",
+            "leave it empty, or use 'timestamp_layernorm'",
+        )
+        require(
+            not is_timed or len(periods.pairs) > 0,
+            "timestamp_layernorm",
+            periods,
+            "must name one period or more with output_postprocessor='timestamp_layernorm'",
+            "use for instance time_duration_period_units=(3600,) and "
+            "time_duration_units_per_period=(24,) for the hour of the day",
         )
 
 
@@ -199,22 +206,6 @@ class UserTowerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MlpConfig:
-    """Linear layers, each followed by the activation, the last one too (FACTS 4.4)."""
-
-    hidden_units: tuple[int, ...] = ()
-    activation: Literal["", "nn.ReLU", "nn.GELU"] = "nn.ReLU"
-
-    def __post_init__(self):
-        require(
-            len(self.hidden_units) > 0 and all(n > 0 for n in self.hidden_units),
-            "hidden_units",
-            self.hidden_units,
-            "must be one or more positive widths",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ItemTowerConfig:
     """Item tower: candidate embedding, then an optional MLP (None = the embedding itself)."""
 
@@ -237,8 +228,11 @@ class ModelConfig:
     user_tower: UserTowerConfig = UserTowerConfig()
     item_tower: ItemTowerConfig = ItemTowerConfig()
     output_dim: int = 0  # > 0 adds a Linear to this width on both towers
-    similarity: Literal["COSINE", "INNER_PRODUCT"] = "INNER_PRODUCT"
+    similarity: Literal["COSINE", "INNER_PRODUCT", "EUCLID"] = "INNER_PRODUCT"
     temperature: float = 1.0
+    # The model reads histories from oldest to newest. Rows that are stored the other way round are
+    # turned where they are read, so False is refused here.
+    sequence_timestamp_is_ascending: bool = True
     kernel: Literal["auto", "xla"] = "auto"
     # Not in the reference: "aligned" starts both towers in the item embedding's coordinates, which
     # learns from far less data (`hstu_jax/model/initialization.py`).
@@ -247,3 +241,19 @@ class ModelConfig:
     def __post_init__(self):
         require(self.output_dim >= 0, "output_dim", self.output_dim, "must not be negative")
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require(
+            self.similarity != "EUCLID",
+            "similarity",
+            self.similarity,
+            "there is no Euclidean similarity (the reference takes the name and computes inner "
+            "products)",
+            "use 'INNER_PRODUCT' for what the reference does, or 'COSINE'",
+        )
+        require(
+            self.sequence_timestamp_is_ascending,
+            "sequence_timestamp_is_ascending",
+            self.sequence_timestamp_is_ascending,
+            "rows from newest to oldest are turned where they are read, and an event store is "
+            "sorted by time anyway",
+            "leave it True, and for list columns set sequences.uih_seq.newest_first=True",
+        )

@@ -110,6 +110,7 @@ class Config:
     def __post_init__(self):
         _check_groups(self)
         feature_checks.check(self)
+        _check_action_mlp(self)
         _check_tables(self)
         _check_widths(self)
         _check_rows(self)
@@ -173,7 +174,10 @@ def _check_groups(config: Config) -> None:
         action_encoder is not None
         and len(action_encoder.simple_action_encoder.watchtime_to_action_weights) > 0
     )
-    needed["uih_timestamp"] = hstu.positional_encoder.use_time_encoding
+    needed["uih_timestamp"] = (
+        hstu.positional_encoder.use_time_encoding
+        or hstu.output_postprocessor == "timestamp_layernorm"
+    )
     for group, is_needed in needed.items():
         require(
             not is_needed or bool(config.feature_groups.get(group)),
@@ -194,6 +198,17 @@ def _check_groups(config: Config) -> None:
             "is in no feature group, so its table would only take memory",
             f"add it to one of {', '.join(groups)}, or leave it out",
         )
+
+
+def _check_action_mlp(config: Config) -> None:
+    mlp = config.model.user_tower.hstu.input_preprocessor.uih_preprocessor.action_mlp
+    require(
+        mlp is None or mlp.parameterized_mlp is None or config.num_contextual > 0,
+        "feature_groups.contextual",
+        config.feature_groups.get("contextual", ()),
+        "must name a feature: parameterized_mlp makes each user's map from contextual features",
+        "add one, or use simple_mlp",
+    )
 
 
 def _check_tables(config: Config) -> None:
@@ -300,10 +315,11 @@ def _check_aligned(config: Config) -> None:
         return
     mlp = model.item_tower.mlp
     require(
-        model.output_dim == 0 and (mlp is None or mlp.activation == ""),
+        model.output_dim == 0 and (mlp is None or mlp.is_linear),
         "model.initialization",
         model.initialization,
-        "needs linear towers: model.output_dim=0 and model.item_tower.mlp.activation=''",
+        "needs linear towers: model.output_dim=0 and model.item_tower.mlp.activation='', without "
+        "use_bn and use_ln",
         "change them, or use 'reference'",
     )
 

@@ -23,9 +23,9 @@ def apply(
     """The batch without one kind of input.
 
     Args:
-        kind: "no_actions": no action bits and no watch times. "no_time": every time gap is 0,
-            positions stay. "shuffled_order": what was watched is dealt anew to the times of each
-            user's history, so that neither positions nor clocks tell the order.
+        kind: "no_actions": no action bits and no watch times. "no_time": every time gap and
+            phase is 0, positions stay. "shuffled_order": what was watched is dealt anew to the
+            times of each user's history, so that neither positions nor clocks tell the order.
             "shuffled_targets": the positives of a group are dealt anew to its queries; training
             only. "none": unchanged.
         batch: on the host; not changed.
@@ -39,7 +39,10 @@ def apply(
             batch, action=zeros, watch_time_s=np.zeros_like(batch.watch_time_s)
         )
     if kind == "no_time":
-        return dataclasses.replace(batch, time_gap_s=np.zeros_like(batch.time_gap_s))
+        zeros = np.zeros_like(batch.time_gap_s)
+        return dataclasses.replace(
+            batch, time_gap_s=zeros, last_phase=np.zeros_like(batch.last_phase)
+        )
     if kind == "shuffled_order":
         return _shuffle_order(batch, num_contextual, rng)
     if kind == "shuffled_targets" and is_training:

@@ -131,6 +131,8 @@ class Batch:
         watch_time_s: seconds watched.
         time_gap_s: query time minus event time in seconds, from int64 (DESIGN 3.6); contextual
             slots hold the query time itself, since their time is 0.
+        last_phase: where the user's last token lies in every period that the output postprocessor
+            reads, in radians (`time_phases.py`); often there is none.
         contextual: feature -> the user's value, or V of them (ids: -1 behind the last).
         user_index: number of the user in the global batch, independent of packing; keys dropout.
         user_mask: user slots in use (a user may have an empty segment).
@@ -157,6 +159,7 @@ class Batch:
     action: Int[AnyArray, "G R L"]
     watch_time_s: Float[AnyArray, "G R L"]
     time_gap_s: Float[AnyArray, "G R L"]
+    last_phase: Float[AnyArray, "G U num_periods"]
     contextual: dict[str, Num[AnyArray, "G U ..."]]
     user_index: Int[AnyArray, "G U"]
     user_mask: Bool[AnyArray, "G U"]

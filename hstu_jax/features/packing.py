@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from hstu_jax.data import event_store
-from hstu_jax.features import sequence_rules
+from hstu_jax.features import sequence_rules, time_phases
 from hstu_jax.features.batch import Batch, BatchShape
 from hstu_jax.features.columns import BatchColumns
 from hstu_jax.features.hard_negatives import HardNegativeSampler
@@ -35,6 +35,7 @@ class BatchSource:
         hard_sampler: hard negatives of users; None = there are none.
         sample_weight: weight of each window; None = all alike.
         tail_len: history items that layers behind the truncation see; 0 = no truncation.
+        periods: of the output postprocessor, as for `time_phases`.
     """
 
     store: event_store.EventStore
@@ -46,6 +47,7 @@ class BatchSource:
     hard_sampler: HardNegativeSampler | None = None
     sample_weight: Float[np.ndarray, "windows"] | None = None
     tail_len: int = 0
+    periods: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ def build_batch(
     batch_arrays |= _block_schedule(batch_arrays, source, shape)
     batch_arrays |= _tail(batch_arrays, source, shape)
     batch_arrays |= _history_arrays(segments, source, shape)
+    batch_arrays["last_phase"] = _last_phases(segments, source, shape)
     entry = source.columns.contextual_entry[window]
     batch_arrays["contextual"] = {
         name: _scatter(shape.groups, shape.users, _dtype_of(column), segments.slot, column[entry])
@@ -214,6 +217,18 @@ def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape)
         "watch_time_s": fill(columns.watch_time_s, np.float32),
         "time_gap_s": gap.reshape(shape.groups, shape.rows, shape.row_len),
     }
+
+
+def _last_phases(segments: _Segments, source: BatchSource, shape: BatchShape) -> np.ndarray:
+    """Phases of the newest event; of time 0, which contextual tokens have, without history."""
+    has_history = _history_lengths(segments, source) > 0
+    newest = source.store.windows.history_end[segments.window[has_history]] - 1
+    time_s = np.zeros(len(segments.window), dtype=np.int64)
+    if source.periods:
+        time_s[has_history] = source.columns.timestamp_s[newest]
+    phases = np.zeros((shape.groups * shape.users, len(source.periods)), dtype=np.float32)
+    phases[segments.slot] = time_phases.time_phases(time_s, source.periods)
+    return phases.reshape(shape.groups, shape.users, -1)
 
 
 def _positive_arrays(

@@ -115,6 +115,7 @@ class Pipeline:
             if weight_fields
             else None,
             tail_len=sequence_rules.tail_len(config.model.user_tower),
+            periods=config.model.user_tower.hstu.timestamp_layernorm.pairs,
         )
         self._schedule = windows.Schedule(
             self._windows,

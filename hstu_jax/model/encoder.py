@@ -12,8 +12,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from hstu_jax.features import batch as features_batch
-from hstu_jax.model import dropout, normalization, positional_encoder, preprocessor, stu
+from hstu_jax.model import dropout, linear, normalization, positional_encoder, preprocessor, stu
 from pallas_kernels.hstu_attention import layout as attention_layout
+
+# Uses of dropout here; `match.py` has the item tower's.
+_INPUT, _STACK, _CONTEXTUAL = 0, 1, 2
 
 
 def build_sequence(
@@ -86,10 +89,12 @@ class Encoder(nn.Module):
     preprocess: preprocessor.UihPreprocessor
     positions: positional_encoder.PositionalEncoder
     input_dropout_ratio: float
-    postprocessor: Literal["l2norm", "layernorm"]
+    postprocessor: Literal["l2norm", "layernorm", "timestamp_layernorm"]
 
     def setup(self):
-        if self.postprocessor == "layernorm":
+        if self.postprocessor == "timestamp_layernorm":
+            self.time_combiner = linear.Linear(self.preprocess.output_dim, init="xavier")
+        if self.postprocessor != "l2norm":
             self.output_norm = normalization.LayerNorm()
 
     def embed(
@@ -106,6 +111,7 @@ class Encoder(nn.Module):
         layout = batch.sequence_layout()
         sequence, segment = build_sequence(layout, batch.user_index.reshape(-1))
         token_mask = segment >= 0
+        input_key, contextual_key = _fold(dropout_key, _INPUT), _fold(dropout_key, _CONTEXTUAL)
         tokens = self.preprocess(
             history.reshape(groups * rows, *history.shape[2:]),
             contextual.reshape(num_users, *contextual.shape[2:]),
@@ -113,6 +119,11 @@ class Encoder(nn.Module):
             watch_time_s=batch.watch_time_s.reshape(-1, row_len),
             layout=layout,
             history_mask=token_mask & (sequence.tokens.position >= self.preprocess.contextual_len),
+            users=dropout.TokenIdentity(
+                user_index=sequence.last.user_index,
+                position=jnp.zeros_like(sequence.last.position),
+            ),
+            dropout_key=contextual_key,
         )
         tokens = self.positions(
             tokens,
@@ -122,13 +133,36 @@ class Encoder(nn.Module):
             token_mask=token_mask,
         )
         tokens = dropout.dropout(
-            tokens, rate=self.input_dropout_ratio, key=dropout_key, identity=sequence.tokens
+            tokens, rate=self.input_dropout_ratio, key=input_key, identity=sequence.tokens
         )
         return tokens, sequence, segment
 
-    def finish(self, x: Float[Array, "S D"], sequence: stu.Sequence) -> Float[Array, "S D"]:
+    def postprocess(
+        self, x: Float[Array, "S D"], phase: Float[Array, "S P"]
+    ) -> Float[Array, "S D"]:
+        """Vectors behind the postprocessor.
+
+        "l2norm": x / max(|x|, 1e-6). "layernorm": LayerNorm(x), eps 1e-5. "timestamp_layernorm":
+        LayerNorm(Linear([x, cos(p_1), sin(p_1), ..., cos(p_P), sin(p_P)])).
+
+        Args:
+            x: vectors.
+            phase: p, radians of the vector's time in every period; P = 0 but for the last kind.
+
+        Source: TorchEasyRec 1.3.16, output postprocessors.
+        """
+        if self.postprocessor == "l2norm":
+            return normalization.l2_normalize(x)
+        if self.postprocessor == "timestamp_layernorm":
+            waves = jnp.stack([jnp.cos(phase), jnp.sin(phase)], axis=-1)  # [S, P, 2]
+            x = self.time_combiner(jnp.concatenate([x, waves.reshape(x.shape[0], -1)], axis=-1))
+        return self.output_norm(x)
+
+    def finish(
+        self, x: Float[Array, "S D"], sequence: stu.Sequence, batch: features_batch.Batch
+    ) -> Float[Array, "S D"]:
         """Postprocessed vectors; exact zeros for users without a single token."""
-        x = normalization.l2_normalize(x) if self.postprocessor == "l2norm" else self.output_norm(x)
+        x = self.postprocess(x, batch.last_phase.reshape(x.shape[0], -1))
         is_used = jnp.asarray(sequence.layout.lengths) > 0
         return jnp.where(is_used[:, None], x, 0.0)
 
@@ -156,8 +190,8 @@ class HstuEncoder(Encoder):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "S D"]:
         """One vector per user slot, groups flattened."""
-        input_key, stack_key = _split_key(dropout_key)
-        x, sequence, _ = self.embed(history, contextual, batch, dropout_key=input_key)
+        stack_key = _fold(dropout_key, _STACK)
+        x, sequence, _ = self.embed(history, contextual, batch, dropout_key=dropout_key)
         tail = None
         if batch.tail is not None:
             contextual_len = self.preprocess.contextual_len
@@ -169,7 +203,7 @@ class HstuEncoder(Encoder):
         else:
             last_sequence = sequence if tail is None else tail.sequence
             x = stu.take_last(self.stack(x, sequence, **options), last_sequence)
-        return self.finish(x, sequence)
+        return self.finish(x, sequence, batch)
 
 
 class MeanEncoder(Encoder):
@@ -184,8 +218,7 @@ class MeanEncoder(Encoder):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "S D"]:
         """One vector per user slot, groups flattened."""
-        input_key, _ = _split_key(dropout_key)
-        x, sequence, segment = self.embed(history, contextual, batch, dropout_key=input_key)
+        x, sequence, segment = self.embed(history, contextual, batch, dropout_key=dropout_key)
         lengths = jnp.asarray(sequence.layout.lengths)
         num_users = lengths.shape[0]
         # Padding goes to a bin of its own, past the users.
@@ -193,11 +226,9 @@ class MeanEncoder(Encoder):
         total = jax.ops.segment_sum(x.reshape(-1, x.shape[-1]), bins, num_segments=num_users + 1)[
             :num_users
         ]
-        return self.finish(total / jnp.maximum(lengths, 1)[:, None], sequence)
+        return self.finish(total / jnp.maximum(lengths, 1)[:, None], sequence, batch)
 
 
-def _split_key(dropout_key):
-    """Keys of the input dropout and of the stack."""
-    if dropout_key is None:
-        return None, None
-    return jax.random.fold_in(dropout_key, 0), jax.random.fold_in(dropout_key, 1)
+def _fold(dropout_key, number):
+    """The key of one use of dropout."""
+    return None if dropout_key is None else jax.random.fold_in(dropout_key, number)

@@ -22,10 +22,11 @@ _VALUE_GAIN = 5.0
 def align(params: dict[str, Any], *, value_width: int) -> dict[str, Any]:
     """Parameters with the item's path through both towers set to identities.
 
-    - The input projection and the item tower's linear layers start as identities without bias.
+    - The input projection, the item tower's linear layers and the postprocessor's Linear of vector
+      and times start as identities without bias.
     - In every STU layer W_v is made orthonormal, and the rows of W_out that read the attention
       output start as 5 W_v^T: the layer first adds a mean of the normalised tokens it attends to.
-    - The action MLP's last layer norm starts at 0.1.
+    - The action MLP's last layer norm, or the norm of the users' matrices, starts at 0.1.
 
     Everything else keeps its value. Where widths differ an identity is cut or padded with zeros.
 
@@ -39,10 +40,16 @@ def align(params: dict[str, Any], *, value_width: int) -> dict[str, Any]:
 
     def value(path: tuple[Any, ...], leaf: Array) -> Array:
         names = [str(getattr(key, "key", key)) for key in path]
-        is_plain = "input_projection" in names or names[:2] == ["item_tower", "mlp"]
+        is_plain = {"input_projection", "time_combiner"} & set(names) or names[:2] == [
+            "item_tower",
+            "mlp",
+        ]
         if is_plain:
             return jnp.zeros_like(leaf) if names[-1] == "bias" else jnp.eye(*leaf.shape)
-        if names[-3:] == ["action_mlp", "norm", "scale"]:
+        if names[-3:] in (
+            ["action_mlp", "norm", "scale"],
+            ["action_mlp", "weights_norm", "scale"],
+        ):
             return jnp.full_like(leaf, _ACTION_SCALE)
         return leaf
 

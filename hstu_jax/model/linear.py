@@ -1,7 +1,8 @@
-"""Linear layers with the reference's initialisers, and the plain MLP.
+"""Linear layers with the reference's initialisers.
 
 `nn.Dense` of Flax starts from other distributions; the ones here are torch's default and Xavier
-uniform (FACTS 4). Used by `preprocessor.py`, `contextual_mlp.py` and `towers.py`.
+uniform (FACTS 4). Used by `preprocessor.py`, `contextual_mlp.py`, `tower_mlp.py`
+and `towers.py`.
 """
 
 import jax
@@ -32,10 +33,12 @@ class Linear(nn.Module):
     Attributes:
         features: width of the output.
         init: "fan_in" = torch's default for both; "xavier" = Xavier uniform kernel, zero bias.
+        use_bias: have a bias.
     """
 
     features: int
     init: str = "fan_in"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
@@ -46,5 +49,7 @@ class Linear(nn.Module):
         else:
             kernel_init, bias_init = xavier_uniform, nn.initializers.zeros
         kernel = self.param("kernel", kernel_init, (width, self.features))
+        if not self.use_bias:
+            return jnp.dot(x, kernel)
         bias = self.param("bias", bias_init, (self.features,))
         return jnp.dot(x, kernel) + bias.reshape(*(1,) * (x.ndim - 1), -1)

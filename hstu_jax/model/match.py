@@ -14,20 +14,24 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from hstu_jax.config import model_schema, schema
+from hstu_jax.config import model_schema, schema, tower_schema
 from hstu_jax.features import batch as features_batch
 from hstu_jax.features import sequence_rules
 from hstu_jax.model import (
     action_encoder,
+    contextual_mlp,
     encoder,
     positional_encoder,
     preprocessor,
     stu,
+    tower_mlp,
     towers,
 )
 from hstu_jax.model import (
     lookups as model_lookups,
 )
+
+_ITEM_KEY = 3  # of the item tower's dropout; `encoder.py` has the numbers below
 
 
 @jax.tree_util.register_dataclass
@@ -58,12 +62,14 @@ class InputWidths:
         contextual_len: C, number of contextual features.
         contextual: Cf, their common width; 0 when there are none.
         candidate: Fc, all `candidate` id features side by side.
+        phases: P, periods that the output postprocessor reads.
     """
 
     history: int
     contextual_len: int
     contextual: int
     candidate: int
+    phases: int = 0
 
 
 class HstuMatch(nn.Module):
@@ -90,15 +96,27 @@ class HstuMatch(nn.Module):
         Args:
             lookups: embeddings; slots that hold nothing may hold anything, also NaN.
             batch: the shard's groups.
-            dropout_key: key of this training step; None = evaluation.
+            dropout_key: key of this training step; None = evaluation. In training, batch norm
+                updates its running statistics if the caller makes `batch_stats` mutable.
         """
         query_mask = jnp.asarray(batch.query_mask)[..., None]
-        hard_mask = jnp.asarray(batch.hard_negative_mask)[..., None]
+        hard_mask = jnp.asarray(batch.hard_negative_mask)
+        groups, users, num_hard = hard_mask.shape
+        hard = jnp.where(hard_mask[..., None], lookups.hard_negative, 0.0)
+        items = [
+            jnp.where(query_mask, lookups.positive, 0.0),
+            jnp.asarray(lookups.negative),
+            hard.reshape(groups, users * num_hard, -1),
+        ]
+        train = None
+        if dropout_key is not None:
+            train = towers.item_train_rows(batch, jax.random.fold_in(dropout_key, _ITEM_KEY))
+        positive, negative, hard = self.item_tower.parts(items, train)
         return Towers(
             user=self.user(lookups.history, lookups.contextual, batch, dropout_key),
-            positive=self.item(jnp.where(query_mask, lookups.positive, 0.0)),
-            negative=self.item(lookups.negative),
-            hard_negative=self.item(jnp.where(hard_mask, lookups.hard_negative, 0.0)),
+            positive=positive,
+            negative=negative,
+            hard_negative=hard.reshape(groups, users, num_hard, -1),
         )
 
     def user(
@@ -121,6 +139,8 @@ def build_model(
     config: model_schema.ModelConfig,
     features: Mapping[str, schema.IdFeature | schema.RawFeature],
     feature_groups: Mapping[str, tuple[str, ...]],
+    *,
+    axis_names: tuple[str, ...] = (),
 ) -> HstuMatch:
     """The modules that a configuration describes.
 
@@ -128,11 +148,13 @@ def build_model(
         config: `Config.model`.
         features: `Config.all_features`, for the widths of the embeddings.
         feature_groups: `Config.feature_groups`.
+        axis_names: mesh axes over which training batches are split; () = batches are whole.
 
     Raises:
         ValueError: contextual features of unequal width, or towers of unequal width.
     """
-    widths = _input_widths(features, feature_groups)
+    num_phases = len(config.user_tower.hstu.timestamp_layernorm.pairs)
+    widths = _input_widths(features, feature_groups, num_phases=num_phases)
     user_width = config.output_dim or config.user_tower.hstu.stu.embedding_dim
     mlp = config.item_tower.mlp
     item_width = config.output_dim or (mlp.hidden_units[-1] if mlp else widths.candidate)
@@ -150,7 +172,7 @@ def build_model(
             normalize=normalize,
         ),
         item_tower=towers.ItemTower(
-            mlp=towers.Mlp(mlp.hidden_units, mlp.activation) if mlp else None,
+            mlp=build_mlp(mlp, axis_names=axis_names) if mlp else None,
             output_dim=config.output_dim,
             normalize=normalize,
         ),
@@ -158,23 +180,41 @@ def build_model(
     )
 
 
-def init_params(model: HstuMatch, key: PRNGKeyArray) -> dict:
-    """Random float32 parameters of the model, without the embedding tables.
+def build_mlp(config: tower_schema.MlpConfig, *, axis_names: tuple[str, ...] = ()) -> tower_mlp.Mlp:
+    """A tower's MLP; `axis_names` as for `build_model`."""
+    return tower_mlp.Mlp(
+        hidden_units=config.hidden_units,
+        activation=config.activation,
+        norm="batch" if config.use_bn else "layer" if config.use_ln else "none",
+        use_bias=config.bias,
+        dropout_ratio=config.layer_dropout,
+        axis_names=axis_names,
+    )
+
+
+def init_variables(model: HstuMatch, key: PRNGKeyArray) -> dict:
+    """Random float32 parameters of the model, without the embedding tables, and first statistics.
 
     Args:
         model: from `build_model`.
         key: decides every value.
 
     Returns:
-        The tree to pass as `model.apply({"params": tree}, ...)`.
+        What to pass to `model.apply`: "params", and "batch_stats", which is empty without batch
+        norm.
     """
     user_encoder = model.user_tower.encoder
     has_tail = isinstance(user_encoder, encoder.HstuEncoder) and user_encoder.stack.split_layer > 0
     lookups, batch = _smallest_inputs(model.widths, has_tail=has_tail)
-    return jax.jit(model.init)(key, lookups, batch)["params"]
+    return {"batch_stats": {}, **jax.jit(model.init)(key, lookups, batch)}
 
 
-def _input_widths(features, feature_groups) -> InputWidths:
+def init_params(model: HstuMatch, key: PRNGKeyArray) -> dict:
+    """The "params" of `init_variables`."""
+    return init_variables(model, key)["params"]
+
+
+def _input_widths(features, feature_groups, *, num_phases) -> InputWidths:
     contextual = [features[name].width for name in feature_groups.get("contextual", ())]
     if len(set(contextual)) > 1:
         raise ValueError(
@@ -186,6 +226,7 @@ def _input_widths(features, feature_groups) -> InputWidths:
         contextual_len=len(contextual),
         contextual=contextual[0] if contextual else 0,
         candidate=sum(features[name].width for name in feature_groups["candidate"]),
+        phases=num_phases,
     )
 
 
@@ -219,17 +260,28 @@ def _build_encoder(config, widths):
 
 def _build_preprocessor(hstu, widths):
     config = hstu.input_preprocessor.uih_preprocessor
-    actions, hidden_dim = None, 0
+    actions, action_mlp = None, None
     if config.action_encoder is not None:
         fields = dataclasses.asdict(config.action_encoder.simple_action_encoder)
         actions = action_encoder.SimpleActionEncoder(**fields)
-        hidden_dim = config.action_mlp.simple_mlp.hidden_dim
+        action_mlp = build_action_mlp(config.action_mlp, output_dim=hstu.stu.embedding_dim)
     return preprocessor.UihPreprocessor(
         output_dim=hstu.stu.embedding_dim,
         contextual_len=widths.contextual_len,
         actions=actions,
-        action_hidden_dim=hidden_dim,
+        action_mlp=action_mlp,
     )
+
+
+def build_action_mlp(
+    config: tower_schema.ActionMlpConfig, *, output_dim: int
+) -> contextual_mlp.SimpleMlp | contextual_mlp.ParameterizedMlp:
+    """The MLP behind the action encoder."""
+    if config.parameterized_mlp is not None:
+        return contextual_mlp.ParameterizedMlp(
+            output_dim=output_dim, **dataclasses.asdict(config.parameterized_mlp)
+        )
+    return contextual_mlp.SimpleMlp(config.simple_mlp.hidden_dim, output_dim)
 
 
 def build_stu_layer(
@@ -304,5 +356,6 @@ def _smallest_inputs(widths, *, has_tail):
         hard_negative_mask=jnp.zeros((1, 1, 0), bool),
         hard_negative_log_q=jnp.zeros((1, 1, 0)),
         tail=features_batch.Tail(**segments, row_len=num_slots) if has_tail else None,
+        last_phase=jnp.zeros((1, 1, widths.phases)),
     )
     return lookups, batch

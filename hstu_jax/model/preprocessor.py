@@ -6,9 +6,9 @@ user's history. Positions and times are added by `positional_encoder.py`.
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from hstu_jax.model import action_encoder, contextual_mlp, linear
+from hstu_jax.model import action_encoder, contextual_mlp, dropout, linear
 from pallas_kernels.hstu_attention import layout as attention_layout
 
 
@@ -19,7 +19,7 @@ class UihPreprocessor(nn.Module):
         output_dim: D, width of the tokens.
         contextual_len: C, contextual tokens of a user.
         actions: the action encoder, or None.
-        action_hidden_dim: hidden width of the MLP behind it.
+        action_mlp: the MLP behind it, or None.
 
     Source: TorchEasyRec 1.3.16, UIH input preprocessor; FACTS 4.5.
     """
@@ -27,7 +27,7 @@ class UihPreprocessor(nn.Module):
     output_dim: int
     contextual_len: int
     actions: action_encoder.SimpleActionEncoder | None
-    action_hidden_dim: int
+    action_mlp: contextual_mlp.SimpleMlp | contextual_mlp.ParameterizedMlp | None
 
     @nn.compact
     def __call__(
@@ -39,6 +39,8 @@ class UihPreprocessor(nn.Module):
         watch_time_s: Float[Array, "R L"],
         layout: attention_layout.SequenceLayout,
         history_mask: Bool[Array, "R L"],
+        users: dropout.TokenIdentity | None = None,
+        dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "R L D"]:
         """Makes the tokens.
 
@@ -49,19 +51,30 @@ class UihPreprocessor(nn.Module):
             watch_time_s: seconds per slot.
             layout: where the segments lie; each starts with C contextual slots.
             history_mask: slots that hold a history item.
+            users: identity of every user slot; read with a key only.
+            dropout_key: key of this training step; None = evaluation.
 
         Returns:
             Tokens; padding holds finite values that nothing reads.
         """
         # The one place where padding is cleaned: a NaN times a zero cotangent would reach weights.
         history = jnp.where(history_mask[..., None], history, 0.0)
+        is_used = jnp.asarray(layout.lengths) > 0
+        contextual = jnp.where(is_used[:, None, None], contextual, 0.0)
         tokens = linear.Linear(self.output_dim, name="input_projection")(history)
         if self.actions is not None:
             encoded = self.actions(action, watch_time_s)
-            mlp = contextual_mlp.SimpleMlp(
-                self.action_hidden_dim, self.output_dim, name="action_mlp"
-            )
-            tokens = tokens + mlp(encoded)
+            if isinstance(self.action_mlp, contextual_mlp.ParameterizedMlp):
+                tokens = tokens + self.action_mlp(
+                    encoded,
+                    contextual.reshape(contextual.shape[0], -1),
+                    layout=layout,
+                    skip=self.contextual_len,
+                    users=users,
+                    dropout_key=dropout_key,
+                )
+            else:
+                tokens = tokens + self.action_mlp(encoded)
         if self.contextual_len == 0:
             return tokens
         return self._put_contextual(tokens, contextual, layout)
@@ -79,7 +92,6 @@ class UihPreprocessor(nn.Module):
         )
         starts, lengths = jnp.asarray(layout.starts), jnp.asarray(layout.lengths)
         is_used = lengths > 0
-        contextual = jnp.where(is_used[:, None, None], contextual, 0.0)
         projected = jnp.einsum("scf,cfd->scd", contextual, kernel) + bias[None]
         # Indices are unique, also those past the end, which are dropped: the transpose is a gather.
         flat = tokens.reshape(-1, self.output_dim)

@@ -1,4 +1,4 @@
-"""Parameters by the reference's state-dict names, to and from our tree.
+"""Parameters and running statistics by the reference's state-dict names, to and from our trees.
 
 Dense parameters go both ways; `embedding_tables` picks the tables, which live outside the dense
 tree. Used to take over a trained reference model and by the golden tests.
@@ -18,6 +18,8 @@ _ENCODER = ("user_tower._hstu_encoder.", "user_tower/encoder/")
 _LAYER_NORM = {"weight": ("scale", "same"), "bias": ("bias", "same")}
 # torch keeps a Linear's weight as [out, in]; ours is [in, out].
 _LINEAR = {"weight": ("kernel", "linear"), "bias": ("bias", "same")}
+_STATISTICS = {"running_mean": ("mean", "same"), "running_var": ("var", "same")}
+_ACTION_MLP = "_input_preprocessor._action_embedding_mlp."
 _STU_LAYER = {
     "_input_norm_weight": ("input_norm/scale", "same"),
     "_input_norm_bias": ("input_norm/bias", "same"),
@@ -35,26 +37,16 @@ _ENCODER_MODULES = (
         "preprocess/actions/",
         {"_action_embedding_table": ("embedding", "same")},
     ),
-    (
-        "_input_preprocessor._action_embedding_mlp._mlp.0.",
-        "preprocess/action_mlp/linear_in/",
-        _LINEAR,
-    ),
-    (
-        "_input_preprocessor._action_embedding_mlp._mlp.1.",
-        "preprocess/action_mlp/swish_norm/norm/",
-        _LAYER_NORM,
-    ),
-    (
-        "_input_preprocessor._action_embedding_mlp._mlp.2.",
-        "preprocess/action_mlp/linear_out/",
-        _LINEAR,
-    ),
-    (
-        "_input_preprocessor._action_embedding_mlp._mlp.3.",
-        "preprocess/action_mlp/norm/",
-        _LAYER_NORM,
-    ),
+    (f"{_ACTION_MLP}_mlp.0.", "preprocess/action_mlp/linear_in/", _LINEAR),
+    (f"{_ACTION_MLP}_mlp.1.", "preprocess/action_mlp/swish_norm/norm/", _LAYER_NORM),
+    (f"{_ACTION_MLP}_mlp.2.", "preprocess/action_mlp/linear_out/", _LINEAR),
+    (f"{_ACTION_MLP}_mlp.3.", "preprocess/action_mlp/norm/", _LAYER_NORM),
+    (f"{_ACTION_MLP}_dense_features_compress.", "preprocess/action_mlp/compress/", _LINEAR),
+    (f"{_ACTION_MLP}_attn_raw_weights.0.", "preprocess/action_mlp/weights/", _LINEAR),
+    (f"{_ACTION_MLP}_attn_weights_norm.", "preprocess/action_mlp/weights_norm/", _LAYER_NORM),
+    (f"{_ACTION_MLP}_res_weights.0.", "preprocess/action_mlp/bias_in/", _LINEAR),
+    (f"{_ACTION_MLP}_res_weights.1.", "preprocess/action_mlp/bias_swish_norm/norm/", _LAYER_NORM),
+    (f"{_ACTION_MLP}_res_weights.2.", "preprocess/action_mlp/bias_out/", _LINEAR),
     (
         "_input_preprocessor.",
         "preprocess/",
@@ -73,14 +65,27 @@ _ENCODER_MODULES = (
     ),
     ("_stu_module._stu_layers.#.", "stack/layers_#/", _STU_LAYER),
     ("_output_postprocessor._layer_norm.", "output_norm/", _LAYER_NORM),
+    ("_output_postprocessor._time_feature_combiner.", "time_combiner/", _LINEAR),
 )
+_PERCEPTRON = "item_tower.mlp.mlp.#.perceptron."
+_ALPHA = {"alpha": ("alpha", "same")}
 _TOWER_MODULES = (
     ("user_tower.output.", "user_tower/output/", _LINEAR),
-    ("item_tower.mlp.mlp.#.perceptron.0.", "item_tower/mlp/layers_#/", _LINEAR),
+    (f"{_PERCEPTRON}0.", "item_tower/mlp/layers_#/", _LINEAR),
+    (f"{_PERCEPTRON}1.", "item_tower/mlp/norms_#/", {**_LAYER_NORM, **_STATISTICS}),
+    # Dice stands second in a layer without a norm and third behind one.
+    (f"{_PERCEPTRON}1.", "item_tower/mlp/activations_#/", _ALPHA),
+    (f"{_PERCEPTRON}1.bn.", "item_tower/mlp/activations_#/norm/", _STATISTICS),
+    (f"{_PERCEPTRON}2.", "item_tower/mlp/normed_activations_#/", _ALPHA),
+    (f"{_PERCEPTRON}2.bn.", "item_tower/mlp/normed_activations_#/norm/", _STATISTICS),
     ("item_tower.output.", "item_tower/output/", _LINEAR),
 )
-# Read by the reference only for target positions, which HSTU Match does not have.
-_WITHOUT_EFFECT = ("_target_action_embedding_table",)
+_WITHOUT_EFFECT = (
+    "_target_action_embedding_table",  # for target positions, which HSTU Match does not have
+    "num_batches_tracked",  # not read: the share of the newest batch is fixed
+    "_period_units",  # configuration
+    "_units_per_period",
+)
 _TABLE_NAME = re.compile(
     r"embedding_group\..*\.(?:embedding_bags|embeddings)\.(?P<table>[^.]+)\.weight"
 )
@@ -99,14 +104,15 @@ def _list_rules() -> list[tuple[str, str, Layout]]:
 
 
 _RULES = _list_rules()
+_STATISTIC_NAMES = tuple(f".{name}" for name in _STATISTICS)
 
 
 def to_params(weights: Mapping[str, np.ndarray], *, like: Mapping) -> dict:
     """Our parameter tree from the reference's weights.
 
     Args:
-        weights: reference name -> array. Embedding tables and parameters without effect in HSTU
-            Match are passed over.
+        weights: reference name -> array. Embedding tables, running statistics and parameters
+            without effect in HSTU Match are passed over.
         like: a tree of our model, for its names and shapes (arrays or `ShapeDtypeStruct`s).
 
     Returns:
@@ -116,6 +122,27 @@ def to_params(weights: Mapping[str, np.ndarray], *, like: Mapping) -> dict:
         ValueError: names that our model does not have, parameters that `weights` lacks, or a
             shape that differs; each named.
     """
+    weights = {
+        name: value for name, value in weights.items() if not name.endswith(_STATISTIC_NAMES)
+    }
+    return _to_tree(weights, like)
+
+
+def to_batch_stats(weights: Mapping[str, np.ndarray], *, like: Mapping) -> dict:
+    """Our tree of batch norm's running statistics from the reference's weights.
+
+    Args:
+        weights: reference name -> array; all but running statistics are passed over.
+        like: `batch_stats` of our model, for its names and shapes; {} without batch norm.
+
+    Raises:
+        ValueError: as for `to_params`.
+    """
+    weights = {name: value for name, value in weights.items() if name.endswith(_STATISTIC_NAMES)}
+    return _to_tree(weights, like)
+
+
+def _to_tree(weights, like):
     expected = traverse_util.flatten_dict(like, sep="/")
     found, unexpected = {}, []
     for name, value in weights.items():
@@ -145,7 +172,7 @@ def from_params(params: Mapping) -> dict[str, np.ndarray]:
     """Reference name -> array in its layout; without the parameters that have no effect there.
 
     Args:
-        params: our tree, or a tree of the same structure such as gradients.
+        params: our tree, a tree of the same structure such as gradients, or `batch_stats`.
 
     Raises:
         ValueError: a parameter that the reference does not have.

@@ -4,41 +4,16 @@ A tower ends with an optional Linear to the common width and, for cosine similar
 normalisation. How the vectors are compared is the loss's business; `match.py` joins the towers.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hstu_jax.features import batch as features_batch
-from hstu_jax.model import encoder, linear, normalization
-
-_ACTIVATIONS = {
-    "": lambda x: x,
-    "nn.ReLU": jax.nn.relu,
-    "nn.GELU": lambda x: jax.nn.gelu(x, approximate=False),
-}
-
-
-class Mlp(nn.Module):
-    """Linear layers, each followed by the activation, the last one too.
-
-    Attributes:
-        hidden_units: width of each layer.
-        activation: the reference's name of it; "" = none.
-
-    Source: TorchEasyRec 1.3.16, tzrec/modules/mlp.py; FACTS 4.4.
-    """
-
-    hidden_units: tuple[int, ...]
-    activation: str
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        """The output of the last layer."""
-        for index, width in enumerate(self.hidden_units):
-            x = linear.Linear(width, name=f"layers_{index}")(x)
-            x = _ACTIVATIONS[self.activation](x)
-        return x
+from hstu_jax.model import dropout, encoder, linear, normalization, tower_mlp
 
 
 class UserTower(nn.Module):
@@ -85,7 +60,7 @@ class ItemTower(nn.Module):
         normalize: l2-normalise the output (cosine similarity).
     """
 
-    mlp: Mlp | None
+    mlp: tower_mlp.Mlp | None
     output_dim: int
     normalize: bool
 
@@ -93,9 +68,87 @@ class ItemTower(nn.Module):
         if self.output_dim:
             self.output = linear.Linear(self.output_dim)
 
-    def __call__(self, embedding: Float[Array, "*batch Fc"]) -> Float[Array, "*batch E"]:
-        """One vector per item."""
-        x = embedding if self.mlp is None else self.mlp(embedding)
+    def __call__(
+        self, embedding: Float[Array, "*batch Fc"], train: tower_mlp.TrainRows | None = None
+    ) -> Float[Array, "*batch E"]:
+        """One vector per item; `train` as for the MLP, None = evaluation."""
+        x = embedding if self.mlp is None else self.mlp(embedding, train)
         if self.output_dim:
             x = self.output(x)
         return normalization.l2_normalize(x) if self.normalize else x
+
+    def parts(
+        self,
+        embeddings: Sequence[Float[Array, "G _ Fc"]],
+        train: Sequence[tower_mlp.TrainRows] | None,
+    ) -> list[Float[Array, "G _ E"]]:
+        """Vectors of the parts of a batch: positives, negatives, hard negatives.
+
+        Args:
+            embeddings: of each part; in training, finite also where nothing is held.
+            train: of each part, with one key; None = evaluation.
+        """
+        if train is None:
+            return [self(embedding) for embedding in embeddings]
+        if self.mlp is None or not self.mlp.needs_whole_batch:
+            return [self(*part) for part in zip(embeddings, train, strict=True)]
+        # Batch statistics are those of all items together.
+        joined = tower_mlp.TrainRows(
+            mask=jnp.concatenate([rows.mask for rows in train], axis=1),
+            identity=dropout.TokenIdentity(
+                user_index=jnp.concatenate([r.identity.user_index for r in train], axis=1),
+                position=jnp.concatenate([r.identity.position for r in train], axis=1),
+            ),
+            dropout_key=train[0].dropout_key,
+        )
+        vectors = self(jnp.concatenate(embeddings, axis=1), joined)
+        ends = np.cumsum([embedding.shape[1] for embedding in embeddings])
+        return jnp.split(vectors, ends[:-1], axis=1)
+
+
+def item_train_rows(
+    batch: features_batch.Batch, dropout_key: PRNGKeyArray
+) -> tuple[tower_mlp.TrainRows, tower_mlp.TrainRows, tower_mlp.TrainRows]:
+    """What the item MLP needs to know of the parts of a training batch, as in `ItemTower.parts`.
+
+    A positive's bits come from its user's number in the global batch and its ordinal among the
+    user's positives, a hard negative's from the same number and its ordinal behind all positives, a
+    negative's from its group (the number of the group's first user, taken below zero) and its slot:
+    none depends on packing or on devices. Negatives of a group without queries are not in use.
+    """
+    user, query_mask = jnp.asarray(batch.positive_user), jnp.asarray(batch.query_mask)
+    user_index, user_mask = jnp.asarray(batch.user_index), jnp.asarray(batch.user_mask)
+    slot = jnp.broadcast_to(jnp.arange(user.shape[1], dtype=jnp.int32)[None], user.shape)
+    is_same = jnp.pad(user[:, 1:] == user[:, :-1], ((0, 0), (1, 0)))
+    first_slot = jax.lax.cummax(jnp.where(is_same, 0, slot), axis=1)
+    positives = tower_mlp.TrainRows(
+        mask=query_mask,
+        identity=dropout.TokenIdentity(
+            user_index=jnp.take_along_axis(user_index, user, axis=1), position=slot - first_slot
+        ),
+        dropout_key=dropout_key,
+    )
+    largest = jnp.iinfo(user_index.dtype).max
+    first_user = jnp.min(jnp.where(user_mask, user_index, largest), axis=1, keepdims=True)
+    shape = batch.negative_log_q.shape
+    negative_slot = jnp.arange(shape[1], dtype=jnp.int32)[None]
+    negatives = tower_mlp.TrainRows(
+        mask=jnp.broadcast_to(jnp.any(query_mask, axis=1, keepdims=True), shape),
+        identity=dropout.TokenIdentity(
+            user_index=jnp.broadcast_to(-1 - first_user, shape),
+            position=jnp.broadcast_to(negative_slot, shape),
+        ),
+        dropout_key=dropout_key,
+    )
+    hard_mask = jnp.asarray(batch.hard_negative_mask)
+    groups, _, num_hard = hard_mask.shape
+    ordinal = user.shape[1] + jnp.arange(num_hard, dtype=jnp.int32)[None, None]
+    hard_negatives = tower_mlp.TrainRows(
+        mask=hard_mask.reshape(groups, -1),
+        identity=dropout.TokenIdentity(
+            user_index=jnp.repeat(user_index, num_hard, axis=1),
+            position=jnp.broadcast_to(ordinal, hard_mask.shape).reshape(groups, -1),
+        ),
+        dropout_key=dropout_key,
+    )
+    return positives, negatives, hard_negatives

@@ -26,18 +26,21 @@ class BatchGradients:
     Attributes:
         params: gradients of this shard's loss, the tree of the dense parameters.
         rows: table -> (`lookup.UniqueRows`, gradients of those rows).
-        metrics: `step.StepMetrics`, sums over this shard.
+        metrics: `step.StepMetrics`, sums over the mesh.
+        batch_stats: running statistics of batch norm after the batch; {} without it.
     """
 
     params: Any
     rows: Any
     metrics: Any
+    batch_stats: Any
 
 
 def accumulate(
-    gradients_of: Callable[[Any, Any, Int[Array, ""]], BatchGradients],
+    gradients_of: Callable[[Any, Any, Any, Int[Array, ""]], BatchGradients],
     batches: tuple[Any, ...],
     tables: Any,
+    batch_stats: Any,
     *,
     update_tables: Callable[[Any, Any, Int[Array, ""]], Any] | None,
 ) -> tuple[BatchGradients, Any]:
@@ -47,9 +50,10 @@ def accumulate(
     row: memory follows the ids of the batches, never a table.
 
     Args:
-        gradients_of: (tables, batch, number) -> its gradients.
+        gradients_of: (tables, running statistics, batch, number) -> the batch's gradients.
         batches: n batches of one shape.
         tables: state of the tables before the step.
+        batch_stats: running statistics before the step; each batch moves them on.
         update_tables: (tables, rows, number) -> tables with a batch's gradients applied at once,
             which later batches see; None leaves them to the caller.
 
@@ -57,19 +61,24 @@ def accumulate(
         The sums, with the rows of all batches (nothing if they were applied), and the tables.
     """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-    first = jax.eval_shape(gradients_of, tables, batches[0], jnp.int32(0))
+    first = jax.eval_shape(gradients_of, tables, batch_stats, batches[0], jnp.int32(0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (first.params, first.metrics))
 
     def add(carry, item):
-        (sums, tables), (number, batch) = carry, item
-        found = gradients_of(tables, batch, number)
+        (sums, tables, batch_stats), (number, batch) = carry, item
+        found = gradients_of(tables, batch_stats, batch, number)
         sums = jax.tree.map(jnp.add, sums, (found.params, found.metrics))
+        kept = {}
         if update_tables is not None:
-            return (sums, update_tables(tables, found.rows, number)), {}
-        return (sums, tables), {t: (u.rows, values) for t, (u, values) in found.rows.items()}
+            tables = update_tables(tables, found.rows, number)
+        else:
+            kept = {t: (unique.rows, values) for t, (unique, values) in found.rows.items()}
+        return (sums, tables, found.batch_stats), kept
 
     numbers = jnp.arange(len(batches), dtype=jnp.int32)
-    (sums, tables), kept = jax.lax.scan(add, (zeros, tables), (numbers, stacked))
+    (sums, tables, batch_stats), kept = jax.lax.scan(
+        add, (zeros, tables, batch_stats), (numbers, stacked)
+    )
     rows = {}
     for table, (unique, _) in first.rows.items():
         if table in kept:
@@ -78,7 +87,7 @@ def accumulate(
             rows[table] = lookup.merge_rows(
                 all_rows, values, capacity=capacity, sentinel=unique.sentinel
             )
-    return BatchGradients(sums[0], rows, sums[1]), tables
+    return BatchGradients(sums[0], rows, sums[1], batch_stats), tables
 
 
 def clip(gradients: Any, config: train_schema.GradClippingConfig) -> Any:

@@ -66,7 +66,9 @@ def check_groups(num_groups: int, mesh: Mesh) -> None:
         )
 
 
-STATE_SPEC = state_lib.TrainState(step=P(), params=P(), opt_state=P(), tables=SPLIT, ema=P())
+STATE_SPEC = state_lib.TrainState(
+    step=P(), params=P(), opt_state=P(), tables=SPLIT, batch_stats=P(), ema=P()
+)
 
 
 def place_train_step(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

@@ -140,13 +140,15 @@ def init_state(run: Run) -> state_lib.TrainState:
     key = jax.random.fold_in(jax.random.key(run.config.seed), _INIT_FOLD)
     param_key, table_key = jax.random.split(key)
     replicated = partition.replicated_sharding(run.mesh)
-    params = match.init_params(run.program.model, param_key)
+    variables = match.init_variables(run.program.model, param_key)
     model = run.config.model
     if model.initialization == "aligned":
         stu = model.user_tower.hstu.stu
-        params = initialization.align(params, value_width=stu.num_heads * stu.hidden_dim)
+        variables["params"] = initialization.align(
+            variables["params"], value_width=stu.num_heads * stu.hidden_dim
+        )
     return state_lib.init_state(
-        params,
+        variables,
         optimizer=run.program.optimizer,
         tables=state_lib.init_tables(
             run.program.specs,

@@ -26,6 +26,7 @@ class TrainState:
         params: dense parameters, the tree of the Linen modules.
         opt_state: optax state of the dense parameters.
         tables: table name -> `update.TableState`.
+        batch_stats: running statistics of batch norm; {} without it.
         ema: moving average of `params`, or None.
     """
 
@@ -33,7 +34,13 @@ class TrainState:
     params: Any
     opt_state: Any
     tables: Any
+    batch_stats: Any
     ema: Any
+
+    def variables(self, params: Any = None) -> dict[str, Any]:
+        """What the model is applied to; `params` stands in for the state's own."""
+        params = self.params if params is None else params
+        return {"params": params, "batch_stats": self.batch_stats}
 
 
 def for_evaluation(state: TrainState, *, use_ema: bool) -> TrainState:
@@ -64,18 +71,27 @@ def init_tables(
 
 
 def init_state(
-    params: Any,
+    variables: dict[str, Any],
     *,
     optimizer: optax.GradientTransformation,
     tables: dict[str, update.TableState],
     replicated: jax.sharding.Sharding,
     has_ema: bool,
 ) -> TrainState:
-    """The state before the first step, on the mesh."""
-    params = jax.device_put(params, replicated)
+    """The state before the first step, on the mesh; `variables` as from `match.init_variables`."""
+    params, batch_stats = jax.device_put(
+        (variables["params"], variables["batch_stats"]), replicated
+    )
     opt_state = jax.jit(optimizer.init, out_shardings=replicated)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
     # A copy: the step may not be given one buffer twice to reuse.
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=replicated)
     ema = copy(params) if has_ema else None
-    return TrainState(step=step, params=params, opt_state=opt_state, tables=tables, ema=ema)
+    return TrainState(
+        step=step,
+        params=params,
+        opt_state=opt_state,
+        tables=tables,
+        batch_stats=batch_stats,
+        ema=ema,
+    )

@@ -91,7 +91,9 @@ def make_program(config: schema.Config, *, run_length: schedules.RunLength) -> P
     }
     return Program(
         config=config,
-        model=match.build_model(config.model, features, config.feature_groups),
+        model=match.build_model(
+            config.model, features, config.feature_groups, axis_names=partition.AXES
+        ),
         plan=feature_lookup.make_plan(config),
         specs=tuple(specs.values()),
         optimizer=optimizer_lib.dense_optimizer(config.train.dense_optimizer, run=run_length),
@@ -150,6 +152,7 @@ def train_step(
         params=params,
         opt_state=opt_state,
         tables=update_tables(program, tables, found.rows, step=first, iteration=first + 1),
+        batch_stats=found.batch_stats,
         ema=gradients_lib.average(train_state.ema, params, train.dense_optimizer.ema, step=first),
     )
     return new_state, found.metrics
@@ -166,10 +169,10 @@ def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGra
     if train.gradient_accumulation_mode == "mean":
         total = sum(_total_weight(program, each) for each in batch)
 
-    def gradients_of(tables, each, number):
+    def gradients_of(tables, batch_stats, each, number):
         return batch_gradients(
             program,
-            dataclasses.replace(train_state, tables=tables),
+            dataclasses.replace(train_state, tables=tables, batch_stats=batch_stats),
             each,
             number=first * num_batches + number,
             divisor=_total_weight(program, each) if total is None else total,
@@ -183,6 +186,7 @@ def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGra
         gradients_of,
         batch,
         tables,
+        train_state.batch_stats,
         update_tables=update_now if train.table_updates == "batch" else None,
     )
 
@@ -215,11 +219,14 @@ def batch_gradients(
             for table, rows in picked.items()
         }
         inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
-        towers = program.model.apply({"params": params}, inputs, batch, dropout_key)
+        towers, changed = program.model.apply(
+            train_state.variables(params), inputs, batch, dropout_key, mutable=["batch_stats"]
+        )
         scores = score(program, towers, batch)
-        return scores.loss_sum / jnp.where(divisor > 0, divisor, 1.0), scores
+        loss = scores.loss_sum / jnp.where(divisor > 0, divisor, 1.0)
+        return loss, (scores, changed.get("batch_stats", {}))
 
-    (_, scores), (param_grads, row_grads) = jax.value_and_grad(
+    (_, (scores, batch_stats)), (param_grads, row_grads) = jax.value_and_grad(
         global_loss, argnums=(0, 1), has_aux=True
     )(train_state.params, picked)
     num_not_finite = sum(
@@ -230,6 +237,7 @@ def batch_gradients(
         params=param_grads,
         rows={table: (unique[table], row_grads[table]) for table in row_grads},
         metrics=_metrics(program, scores, batch, num_not_finite=num_not_finite),
+        batch_stats=batch_stats,
     )
 
 
@@ -279,7 +287,7 @@ def eval_step(
     unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
     inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
-    towers = program.model.apply({"params": train_state.params}, inputs, batch)
+    towers = program.model.apply(train_state.variables(), inputs, batch)
     scores = score(program, towers, batch)
     return _metrics(program, scores, batch, num_not_finite=jnp.float32(0)), towers.user
 
@@ -301,7 +309,7 @@ def item_step(
     unique, picked = fetch(program, train_state, feature_lookup.item_ids(program.plan, ids, valid))
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
     embeddings = feature_lookup.to_item_inputs(program.plan, vectors, ids)
-    return program.model.apply({"params": train_state.params}, embeddings, method="item")
+    return program.model.apply(train_state.variables(), embeddings, method="item")
 
 
 def score(

@@ -172,9 +172,12 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
             for t, g in gradients.items()
         }
 
+    batch_stats = jax.device_get(state.batch_stats)
+
     def towers(params, vectors, batch):
         inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
-        return program.model.apply({"params": params}, inputs, batch, jax.random.key(0))
+        variables = {"params": params, "batch_stats": batch_stats}
+        return program.model.apply(variables, inputs, batch, jax.random.key(0))
 
     def model_grad(params, vectors, batch):
         out, pullback = jax.vjp(lambda p, v: towers(p, v, batch), params, vectors)

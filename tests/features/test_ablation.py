@@ -8,9 +8,17 @@ import pytest
 from hstu_jax.features import pipeline
 from tests.training.small_config import small_config
 
+# With an hour of the day in the output, so that every field holds something.
+_HSTU = "model__user_tower__hstu__"
+PERIODS = {
+    f"{_HSTU}output_postprocessor": "timestamp_layernorm",
+    f"{_HSTU}timestamp_layernorm__time_duration_period_units": (3600,),
+    f"{_HSTU}timestamp_layernorm__time_duration_units_per_period": (24,),
+}
+
 
 def batch_of(store, kind, *, order="shuffled"):
-    config = small_config(store, "unused", data__ablation=kind)
+    config = small_config(store, "unused", data__ablation=kind, **PERIODS)
     split = "train" if order == "shuffled" else "test"
     return pipeline.Pipeline(config, store, split=split, order=order).batch_at(1).batch
 
@@ -30,7 +38,7 @@ def differing(left, right):
     ("kind", "fields"),
     [
         ("no_actions", {"action", "watch_time_s"}),
-        ("no_time", {"time_gap_s"}),
+        ("no_time", {"time_gap_s", "last_phase"}),
         ("shuffled_order", {"history", "action", "watch_time_s"}),
         ("shuffled_targets", {"positive"}),
     ],

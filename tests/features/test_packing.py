@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from hstu_jax.config import tower_schema
 from hstu_jax.features import packing, pipeline, windows
 from pallas_kernels.hstu_attention import layout as attention_layout
 
@@ -248,3 +249,34 @@ def test_negatives_avoid_the_positives_of_their_group_only(make_store, make_conf
         )
     only_second = np.setdiff1d(positives[1], positives[0])
     assert np.isin(batch.negative[POSITIVE][0], only_second).any()
+
+
+@pytest.mark.parametrize("contextual", [0, 2])
+def test_phases_are_those_of_the_newest_event(make_store, make_config, contextual):
+    store = make_store(HISTORY_LENS, gap_s=5_000)
+    config = make_config(contextual=contextual, num_groups=2)
+    plain = pipeline.Pipeline(config, store).batch_at(0).batch
+    assert plain.last_phase.shape == (*plain.user_mask.shape, 0)
+    periods = tower_schema.TimestampLayerNormConfig(
+        time_duration_period_units=(3600, 86400), time_duration_units_per_period=(24, 7)
+    )
+    model = config.model
+    hstu = dataclasses.replace(
+        model.user_tower.hstu,
+        output_postprocessor="timestamp_layernorm",
+        timestamp_layernorm=periods,
+    )
+    user_tower = dataclasses.replace(model.user_tower, hstu=hstu)
+    config = dataclasses.replace(config, model=dataclasses.replace(model, user_tower=user_tower))
+    host_batch = pipeline.Pipeline(config, store).batch_at(0)
+    seen_empty = False
+    for group, slot in np.ndindex(*host_batch.window_index.shape):
+        window, time_s = int(host_batch.window_index[group, slot]), 0
+        if window >= 0:
+            start, end = store.windows.history_start[window], store.windows.history_end[window]
+            seen_empty |= bool(start == end)
+            time_s = int(store.events.timestamp_s[end - 1]) if end > start else 0
+        expected = [time_s // 3600 % 24 / 24 * 6.28, time_s // 86400 % 7 / 7 * 6.28]
+        found = host_batch.batch.last_phase[group, slot]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert seen_empty

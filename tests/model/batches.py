@@ -143,6 +143,7 @@ def make_batch(
     num_hard: int = 0,
     fill: float = 0.0,
     tail: features_batch.Tail | None = None,
+    last_phase: np.ndarray | None = None,
 ) -> features_batch.Batch:
     """One group. Jagged content per token; queries belong to user 0, lookups are not filled in.
 
@@ -157,6 +158,7 @@ def make_batch(
         num_hard: Hn, all there.
         fill: what padding holds in float arrays.
         tail: the layout behind a truncation.
+        last_phase: [user slots, periods] of the output postprocessor; None = no periods.
     """
     pairs, count = placement.block_pairs()
     slots = len(placement.starts)
@@ -169,6 +171,7 @@ def make_batch(
         action=placement.to_grid(action.astype(np.int32))[None],
         watch_time_s=placement.to_grid(watch_time_s.astype(np.float32), fill=fill)[None],
         time_gap_s=placement.to_grid(time_gap_s.astype(np.float32), fill=fill)[None],
+        last_phase=(np.zeros((slots, 0), np.float32) if last_phase is None else last_phase)[None],
         contextual={},
         user_index=np.arange(slots, dtype=np.int32)[None],
         user_mask=(np.arange(slots) < num_users)[None],

@@ -54,3 +54,17 @@ def test_orthonormal_of_tall_and_wide():
     np.testing.assert_allclose(tall.T @ tall, np.eye(4), atol=1e-12)
     wide = initialization.orthonormal(rng.normal(size=(4, 6)))
     np.testing.assert_allclose(wide @ wide.T, np.eye(4), atol=1e-12)
+
+
+def test_time_in_the_output_and_maps_of_users_start_small():
+    """The Linear of vector and times passes the vector on; users' matrices are a tenth."""
+    rng = np.random.default_rng(0)
+    params = {
+        "time_combiner": {"kernel": rng.normal(size=(6, 4)), "bias": rng.normal(size=4)},
+        "action_mlp": {"weights_norm": {"scale": np.ones((3, 4)), "bias": np.ones((3, 4))}},
+    }
+    after = initialization.align(jax.tree.map(jax.numpy.asarray, params), value_width=0)
+    np.testing.assert_array_equal(after["time_combiner"]["kernel"], np.eye(6, 4))
+    np.testing.assert_array_equal(after["time_combiner"]["bias"], 0)
+    np.testing.assert_allclose(after["action_mlp"]["weights_norm"]["scale"], 0.1)
+    np.testing.assert_array_equal(after["action_mlp"]["weights_norm"]["bias"], 1)

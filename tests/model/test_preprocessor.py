@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hstu_jax.model import action_encoder, preprocessor, towers
+from hstu_jax.model import action_encoder, preprocessor, tower_mlp
 from tests.model import batches, models
 
 
@@ -27,7 +27,7 @@ def test_action_blocks_by_hand():
 def test_contextual_tokens_stand_in_front_of_every_used_segment():
     placement = batches.place([3, 0, 2, 4], row_len=6, packed=True, num_users=5)
     module = preprocessor.UihPreprocessor(
-        output_dim=2, contextual_len=2, actions=None, action_hidden_dim=0
+        output_dim=2, contextual_len=2, actions=None, action_mlp=None
     )
     rng = np.random.default_rng(0)
     grid = (placement.num_rows, placement.row_len)
@@ -73,5 +73,5 @@ def test_mlp_activation_follows_the_last_layer_too():
         ("nn.ReLU", [0.0, 2.0]),
         ("nn.GELU", [-0.15865525, 1.9544997]),
     ]:
-        out = towers.Mlp((2,), activation).apply({"params": params}, x)
+        out = tower_mlp.Mlp((2,), activation).apply({"params": params}, x)
         np.testing.assert_allclose(out[0], expected, rtol=1e-6)
