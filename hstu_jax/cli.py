@@ -58,10 +58,18 @@ def _errors_as_messages():
     """Ends the program with the message of an error that is the user's to mend."""
     try:
         yield
-    except (ArithmeticError, AttributeError, OSError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,  # ml_collections: a misspelt section on the command line
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
         if os.environ.get("HSTU_JAX_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {text}", file=sys.stderr)
         print("(set HSTU_JAX_TRACEBACK=1 to see where it was raised)", file=sys.stderr)
         sys.exit(2)
 

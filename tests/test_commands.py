@@ -34,6 +34,7 @@ def test_doctor_prints_versions_devices_and_kernel():
     ("arguments", "message"),
     [
         (["--config.train.num_stepz=3"], "num_stepz"),
+        (["--config.trian.num_steps=3"], 'Did you mean "train" instead of "trian"?'),
         (["--config.model.temperature=-1"], "model.temperature=-1.0: must be positive."),
         (
             ["--config.data.source=event_store", "--config.data.path=no/where"],

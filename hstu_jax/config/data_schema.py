@@ -16,7 +16,7 @@ Ablation = Literal["none", "no_actions", "no_time", "shuffled_order", "shuffled_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the rows come from and how they become batches (DESIGN 3.4, 3.5)."""
+    """Where the rows come from and how they become batches (docs/design.md)."""
 
     path: str = "data/kuairand_sample"  # an event store folder
     # "sample": an event store, generated when missing; "list_columns": parquet files, not `path`.

@@ -1,6 +1,6 @@
 """The model's configuration: both towers, field by field as the reference names them.
 
-Frozen dataclasses with their own checks (FACTS 9 lists the reference's fields and defaults).
+Frozen dataclasses with their own checks (docs/seed-fields.md lists the reference's fields).
 Relations to other sections are checked in `schema.py`, which has the rest.
 """
 
@@ -14,7 +14,7 @@ from hstu_jax.config.tower_schema import ActionMlpConfig, MlpConfig, TimestampLa
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PositionalEncoderConfig:
-    """Position and time embeddings added to the tokens (FACTS 3)."""
+    """Position and time embeddings added to the tokens (docs/model.md)."""
 
     num_position_buckets: int = 256
     num_time_buckets: int = 2048
@@ -46,7 +46,7 @@ class PositionalEncoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimpleActionEncoderConfig:
-    """A learned vector per action bit that is set (FACTS 4.1)."""
+    """A learned vector per action bit that is set (docs/model.md)."""
 
     action_embedding_dim: int = 8
     action_weights: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -89,7 +89,7 @@ class ActionEncoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UihPreprocessorConfig:
-    """Projects the history, adds actions, prepends contextual tokens (FACTS 4.5).
+    """Projects the history, adds actions, prepends contextual tokens (docs/model.md).
 
     `action_encoder` and `action_mlp` come together, or both are None.
     """

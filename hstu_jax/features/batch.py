@@ -1,8 +1,8 @@
 """`Batch` and `BatchShape`: the only types that cross from the host to the device.
 
-Every size and dtype of a batch is written here once. A batch is G groups (DESIGN 3.4) of R rows of
-L token slots; a row holds one or several users. `segment_starts` and `segment_lengths` are the only
-source of what a slot holds: nothing infers padding from a value. Made by `packing.py`, read by
+Every size and dtype of a batch is written here once. A batch is G groups (docs/design.md) of R rows
+of L token slots; a row holds one or several users. `segment_starts` and `segment_lengths` are the
+only source of what a slot holds: nothing infers padding from a value. Made by `packing.py`, read by
 `hstu_jax.model`.
 """
 
@@ -129,7 +129,7 @@ class Batch:
         history: feature -> values in the history slots; contextual slots hold 0.
         action: bitmask of what the user did with the item.
         watch_time_s: seconds watched.
-        time_gap_s: query time minus event time in seconds, from int64 (DESIGN 3.6); contextual
+        time_gap_s: query time minus event time in seconds, from int64 (docs/design.md); contextual
             slots hold the query time itself, since their time is 0.
         last_phase: where the user's last token lies in every period that the output postprocessor
             reads, in radians (`time_phases.py`); often there is none.

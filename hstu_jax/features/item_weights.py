@@ -48,7 +48,7 @@ def table_weights(
         ValueError: another header, a line that is not an id and a weight, an id outside the
             catalogue or on two lines.
 
-    Source: FACTS README family H, "Input files".
+    Source: docs/model.md, "Negative samplers".
     """
     is_text = item_key is not None and item_key.dtype.kind == "U"
     expected = ["id:string" if is_text else _HEADER[0], *_HEADER[1:]]

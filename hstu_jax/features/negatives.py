@@ -22,7 +22,7 @@ class NegativeSampler:
     Raises:
         ValueError: a weight is negative or not finite, or all are 0.
 
-    Source: FACTS README family H, "NegativeSampler". The reference gives up excluding positives
+    Source: docs/model.md, "Negative samplers". The reference gives up excluding positives
     after three rejected rounds, so that with a tiny catalogue a positive may be its own negative;
     here exclusion is exact, whatever it takes.
     """

@@ -200,7 +200,7 @@ def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape)
     if columns.request_time_s is not None:
         anchor = columns.request_time_s[segments.window]
     else:
-        # The newest event is the anchor (FACTS 3), and 0 where the history is empty.
+        # The newest event is the anchor (docs/model.md), and 0 where the history is empty.
         anchor = np.zeros(len(end), dtype=np.int64)
         has_history = lengths > 0
         anchor[has_history] = columns.timestamp_s[end[has_history] - 1]

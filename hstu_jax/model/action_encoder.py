@@ -1,4 +1,4 @@
-"""What the user did with an item, as a vector: one learned block per action bit (FACTS 4.1).
+"""What the user did with an item, as a vector: one learned block per action bit (docs/model.md).
 
 The action is an integer bitmask; watch time can set further bits. The projection to the model width
 is `contextual_mlp.py`; both are used by `preprocessor.py`.
@@ -23,8 +23,8 @@ class SimpleActionEncoder(nn.Module):
         watchtime_to_action_weights: bitmasks set by watch time; they have blocks of their own,
             after those of `action_weights`.
 
-    Source: TorchEasyRec 1.3.16, simple action encoder; FACTS 4.1. Its row for target positions is
-    left out: HSTU Match has no targets.
+    Source: TorchEasyRec 1.3.16, simple action encoder; docs/model.md. Its row for target
+    positions is left out: HSTU Match has no targets.
     """
 
     action_embedding_dim: int

@@ -29,7 +29,7 @@ class SimpleMlp(nn.Module):
         hidden_dim: width between the two linear layers.
         output_dim: width of the output.
 
-    Source: TorchEasyRec 1.3.16, simple contextualized MLP; FACTS 4.2.
+    Source: TorchEasyRec 1.3.16, simple contextualized MLP; docs/model.md.
     """
 
     hidden_dim: int

@@ -1,8 +1,8 @@
 """Dropout whose bits depend on the token, not on where the token lies.
 
 A bit is a function of (key, user index in the global batch, position in the history, channel), so
-packing, padding, sharding and computing only the last position do not change it (DESIGN 3.5). Which
-keys exist is decided in `encoder.py`.
+packing, padding, sharding and computing only the last position do not change it (docs/design.md).
+Which keys exist is decided in `encoder.py`.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Tokens of a batch -> one vector per user: the HSTU encoder and the mean-pooling baseline.
 
-preprocess -> positions and times -> dropout -> STU stack -> postprocess -> last token (FACTS 5).
-The mean encoder leaves the stack out and averages instead. `towers.py` is the next file.
+preprocess -> positions and times -> dropout -> STU stack -> postprocess -> last token; the formulas
+are in docs/model.md. The mean encoder leaves the stack out and averages instead. Next: `towers.py`.
 """
 
 from typing import Literal
@@ -175,7 +175,7 @@ class HstuEncoder(Encoder):
         last_layer: compute the last layer at all positions, or only where it is read. The same
             numbers; "all_positions" exists for models that read every position, and as a check.
 
-    Source: TorchEasyRec 1.3.16, HSTU match encoder; FACTS 5.
+    Source: TorchEasyRec 1.3.16, HSTU match encoder; docs/model.md.
     """
 
     stack: stu.StuStack

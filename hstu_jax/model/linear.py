@@ -1,7 +1,7 @@
 """Linear layers with the reference's initialisers.
 
 `nn.Dense` of Flax starts from other distributions; the ones here are torch's default and Xavier
-uniform (FACTS 4). Used by `preprocessor.py`, `contextual_mlp.py`, `tower_mlp.py`
+uniform (docs/model.md). Used by `preprocessor.py`, `contextual_mlp.py`, `tower_mlp.py`
 and `towers.py`.
 """
 

@@ -1,6 +1,6 @@
 """`Lookups`: the embedding rows the model reads, one array per feature group.
 
-Tables live outside the dense parameters (DESIGN 3.8): the training step gathers the rows of a
+Tables live outside the dense parameters (docs/design.md): the training step gathers the rows of a
 batch, concatenates the id features of a group on the last axis and differentiates with respect to
 these arrays. Made by `hstu_jax.training` and `hstu_jax.serving`, read by `match.py`.
 """

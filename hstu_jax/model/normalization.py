@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-L2_EPS = 1e-6  # FACTS 4.7 and 5: the same in the postprocessor and in cosine similarity
+L2_EPS = 1e-6  # the same in the postprocessor and in cosine similarity
 _BATCH_SHARE = 0.1  # share of the newest batch in batch norm's running statistics
 
 

@@ -1,4 +1,4 @@
-"""Scales the tokens and adds where and when they stand (FACTS 3).
+"""Scales the tokens and adds where and when they stand (docs/model.md).
 
 With time encoding, positions count backwards from the newest event and a second table is read at
 the event's age (`time_buckets.py`); without, positions count from the front. Used by `encoder.py`.
@@ -61,7 +61,7 @@ class PositionalEncoder(nn.Module):
         time_bucket_increments: seconds.
         contextual_len: C.
 
-    Source: TorchEasyRec 1.3.16, tzrec/modules/gr/positional_encoder.py; FACTS 3. Positions of
+    Source: TorchEasyRec 1.3.16, tzrec/modules/gr/positional_encoder.py; docs/model.md. Positions of
     contextual tokens past the table saturate here and fail there.
     """
 

@@ -1,4 +1,4 @@
-"""Looked-up history, actions and contextual features -> one token sequence (FACTS 4.5).
+"""Looked-up history, actions and contextual features -> one token sequence (docs/model.md).
 
 Every history item becomes a token of the model width; C contextual tokens are put in front of each
 user's history. Positions and times are added by `positional_encoder.py`.
@@ -21,7 +21,7 @@ class UihPreprocessor(nn.Module):
         actions: the action encoder, or None.
         action_mlp: the MLP behind it, or None.
 
-    Source: TorchEasyRec 1.3.16, UIH input preprocessor; FACTS 4.5.
+    Source: TorchEasyRec 1.3.16, UIH input preprocessor; docs/model.md.
     """
 
     output_dim: int

@@ -2,7 +2,7 @@
 
 Dense parameters go both ways; `embedding_tables` picks the tables, which live outside the dense
 tree. Used to take over a trained reference model and by the golden tests.
-Source of names and layouts: TorchEasyRec 1.3.16 state dicts (see FACTS 2 to 5).
+Source of names and layouts: TorchEasyRec 1.3.16 state dicts (see docs/model.md).
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Sequential Transduction Unit: one layer, and the stack of them (FACTS 2).
+"""Sequential Transduction Unit: one layer, and the stack of them (docs/model.md).
 
 A layer is norm, one projection to u, v, q, k, pointwise attention, a gate and an output projection
 around a residual. The last layer of a stack can be computed for each user's last token alone, and
@@ -90,8 +90,8 @@ class StuLayer(nn.Module):
         recompute_uvqk: the same for u, v, q, k. The attention itself never runs again.
         recompute_y: the same for the concatenation after dropout, and for the dropout bits.
 
-    Source: TorchEasyRec 1.3.16, tzrec/modules/gr/stu.py; FACTS 2. `qk_bias_init` is ours; 0 is the
-    reference.
+    Source: TorchEasyRec 1.3.16, tzrec/modules/gr/stu.py; docs/model.md. `qk_bias_init` is ours,
+    0 is the reference.
     """
 
     embedding_dim: int
@@ -173,7 +173,7 @@ class StuLayer(nn.Module):
         """The layer's output at each segment's last token: `take_last` of `__call__`, cheaper.
 
         Keys and values are needed for all tokens; query, gate, attention and output for one token
-        per segment (DESIGN 3.7). Empty segments give zeros.
+        per segment (docs/design.md). Empty segments give zeros.
 
         Raises:
             ValueError: the sequence has targets.
@@ -290,7 +290,7 @@ class StuStack(nn.Module):
         layers: at least one.
         split_layer: first layer that reads the tail; 0 = none does.
 
-    Source: TorchEasyRec 1.3.16, tzrec/modules/gr/stu.py; FACTS 2.1.
+    Source: TorchEasyRec 1.3.16, tzrec/modules/gr/stu.py; docs/model.md.
     """
 
     layers: tuple[StuLayer, ...]

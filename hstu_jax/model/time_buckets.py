@@ -1,8 +1,8 @@
 """Age of an event -> row of the time table, exactly as float32 arithmetic in the reference.
 
 XLA turns a division by a constant into a multiplication, which moves events near a bucket's edge to
-the neighbour (DESIGN 3.6). So the edges are computed once, in numpy, and the device only compares.
-Used by `positional_encoder.py`.
+the neighbour (docs/design.md). So the edges are computed once, in numpy, and the device only
+compares. Used by `positional_encoder.py`.
 """
 
 import functools
@@ -30,7 +30,7 @@ def bucket_rule(
     Returns:
         Buckets 0..T.
 
-    Source: TorchEasyRec 1.3.16, HSTU positional encoder; FACTS 3(b).
+    Source: TorchEasyRec 1.3.16, HSTU positional encoder; docs/model.md.
     """
     num_buckets = np.float32(num_time_buckets)
     with np.errstate(over="ignore"):  # the largest gaps by increments below 1: infinity is right

@@ -75,8 +75,8 @@ def hstu_attention(
         UnsupportedByKernel: an implementation asked for by name cannot do this.
 
     Source: Zhai et al. 2024, "Actions Speak Louder than Words", equation 2 (without the relative
-    attention bias); behaviour of TorchEasyRec 1.3.16 (FACTS 1), except that the divisor is always
-    given.
+    attention bias); behaviour of TorchEasyRec 1.3.16 (docs/model.md), except that the divisor is
+    always given.
     """
     checks.check_rank("q", q, "R L H K")
     _check(q, k, v, layout, rule, alpha, divisor)

@@ -34,7 +34,7 @@ class MaskRule:
         TypeError: a field is not an int.
         ValueError: a field is negative.
 
-    Source: TorchEasyRec 1.3.16, plain PyTorch path (FACTS 1.1 and 1.2).
+    Source: TorchEasyRec 1.3.16, plain PyTorch path (docs/model.md).
     """
 
     contextual_len: int = 0
@@ -95,7 +95,7 @@ def key_intervals(
     Returns:
         One interval, or two when the rule is semi-local or there are targets. They may overlap.
 
-    Source: TorchEasyRec 1.3.16 (FACTS 1.1 and 1.2). There, ids are compared for all pairs; the
+    Source: TorchEasyRec 1.3.16 (docs/model.md). There, ids are compared for all pairs; the
     intervals are the same set written per row.
     """
     history_end = length if num_targets is None else xp.maximum(length - num_targets, 0)

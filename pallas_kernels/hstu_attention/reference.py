@@ -18,7 +18,7 @@ def attention_mask(
 ) -> Bool[Array, "R L L"]:
     """True where the query in slot i sees the key in slot j; false in padding.
 
-    Source: TorchEasyRec 1.3.16 (FACTS 1.1 and 1.2).
+    Source: TorchEasyRec 1.3.16 (docs/model.md).
     """
     segment, position = token_segments(layout), token_positions(layout)
     owner = jnp.maximum(segment, 0)

@@ -179,7 +179,7 @@ def test_parameter_shapes_and_count():
     assert encoder["positions"]["time_embedding"].shape == (21, 16)
     assert set(encoder["stack"]) == {"layers_0", "layers_1"}
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    # Ranges of the reference's initialisers (FACTS 3, 4).
+    # Ranges of the reference's initialisers (docs/model.md).
     assert np.abs(encoder["preprocess"]["input_projection"]["bias"]).max() <= 6**-0.5
     assert np.abs(encoder["positions"]["time_embedding"]).max() <= 20**-0.5
     assert 0.05 < np.std(encoder["preprocess"]["actions"]["embedding"]) < 0.15

@@ -1,6 +1,6 @@
 """Slow float64 oracle of HSTU attention: scalar rules, one pair of tokens after the other.
 
-Written from the formulas alone (FACTS 1.1 and 1.2), not from any code of the package.
+Written from the formulas alone (docs/model.md), not from any code of the package.
 """
 
 import numpy as np

@@ -22,7 +22,7 @@ def rates(config, *, base, num_steps, run=None):
 
 
 def oracle(config, *, base, t, num_steps):
-    """The formulas of FACTS 7.3 in Python floats."""
+    """The formulas of docs/model.md in Python floats."""
     kind, warm, low = config.schedule, config.warmup_size, config.min_learning_rate
     if base == 0:
         return 0.0
