@@ -106,7 +106,7 @@ class HstuMatch(nn.Module):
         items = [
             jnp.where(query_mask, lookups.positive, 0.0),
             jnp.asarray(lookups.negative),
-            hard.reshape(groups, users * num_hard, -1),
+            hard.reshape(groups, users * num_hard, hard.shape[-1]),
         ]
         train = None
         if dropout_key is not None:
@@ -116,7 +116,7 @@ class HstuMatch(nn.Module):
             user=self.user(lookups.history, lookups.contextual, batch, dropout_key),
             positive=positive,
             negative=negative,
-            hard_negative=hard.reshape(groups, users, num_hard, -1),
+            hard_negative=hard.reshape(groups, users, num_hard, hard.shape[-1]),
         )
 
     def user(

@@ -56,6 +56,13 @@ def batch():
             "c_price": rng.random((1, 2), dtype=np.float32),
             "c_kind": np.array([[0, 0]], np.int32),
         },
+        hard_negative={
+            "c": np.array([[[4], [2], [0]]], np.int32),
+            "c_price": rng.random((1, 3, 1), dtype=np.float32),
+            "c_kind": np.array([[[1], [-1], [0]]], np.int32),
+        },
+        hard_negative_mask=np.array([[[True], [True], [False]]]),
+        hard_negative_log_q=np.zeros((1, 3, 1), np.float32),
         query_mask=np.array([[True, True, True, False]]),
     )
     return jax.tree.map(jnp.asarray, made)
@@ -89,10 +96,10 @@ def test_lookups_are_the_tables_rows(batch, tables, pooling):
     plan = dataclasses.replace(PLAN, contextual=uses)
     found = feature_lookup.batch_ids(plan, batch)
     assert {name: int(ids.valid.sum()) for name, ids in found.items()} == {
-        # one history slot that has an id or not; queries 0 and 1; one negative
-        "shared": int(batch.history["h"][0, 0, 3] >= 0) + 2 + 1,
+        # one history slot that has an id or not; queries 0 and 1; one negative; two hard ones
+        "shared": int(batch.history["h"][0, 0, 3] >= 0) + 2 + 1 + 2,
         "users": 1 + 2,
-        "kinds": 3 + 2,
+        "kinds": 3 + 2 + 1,
     }
     lookups = feature_lookup.to_lookups(plan, batch, look_up(tables, found))
     b = jax.tree.map(np.asarray, batch)
@@ -122,6 +129,14 @@ def test_lookups_are_the_tables_rows(batch, tables, pooling):
                 *vector(tables["kinds"], values["c_kind"][0, at]),
             ]
             np.testing.assert_allclose(getattr(lookups, kind)[0, at], expected, rtol=1e-6)
+    for user in range(2):
+        values = {name: column[0, user, 0] for name, column in b.hard_negative.items()}
+        expected = [
+            *vector(tables["shared"], values["c"]),
+            values["c_price"],
+            *vector(tables["kinds"], values["c_kind"]),
+        ]
+        np.testing.assert_allclose(lookups.hard_negative[0, user, 0], expected, rtol=1e-6)
 
 
 def test_item_inputs_are_those_of_candidates(batch, tables):

@@ -88,7 +88,7 @@ def test_items_do_not_depend_on_the_number_of_devices():
             return module.item_tower.parts([positive, negative], train)
 
         def step(variables, lookups, batch, cotangent):
-            train = towers.item_train_rows(batch, jax.random.key(2))
+            train = towers.item_train_rows(batch, jax.random.key(2))[:2]
 
             def loss(params):
                 vectors, changed = model.apply(
@@ -125,6 +125,8 @@ def test_items_keep_their_identity_in_any_packing():
         batch,
         positive_user=np.array([[0, 0, 1, 3, 3]], np.int32),
         user_index=np.array([[10, 11, 12, 13, 14]], np.int32),
+        hard_negative_mask=np.array([[[True, True]] + [[True, False]] * 4]),
+        hard_negative_log_q=np.zeros((1, 5, 2), np.float32),
     )
     order = np.array([3, 1, 0, 2, 4])  # old slot of each new user slot
     moved = dataclasses.replace(
@@ -134,25 +136,26 @@ def test_items_keep_their_identity_in_any_packing():
     )
 
     def identities(batch):
-        positives, negatives = towers.item_train_rows(batch, jax.random.key(0))
-        pairs = [
+        return [
             np.stack([rows.identity.user_index[0], rows.identity.position[0]], axis=1).tolist()
-            for rows in (positives, negatives)
+            for rows in towers.item_train_rows(batch, jax.random.key(0))
         ]
-        return pairs
 
-    positives, negatives = identities(batch)
+    positives, negatives, hard = identities(batch)
     assert positives == [[10, 0], [10, 1], [11, 0], [13, 0], [13, 1]]
     assert negatives == [[-11, slot] for slot in range(7)]
-    moved_positives, moved_negatives = identities(moved)
+    # Behind the five positives that a group may have: no user's hard negative shares their bits.
+    assert hard == [[10 + user, 5 + slot] for user in range(5) for slot in range(2)]
+    moved_positives, moved_negatives, moved_hard = identities(moved)
     assert sorted(moved_positives) == sorted(positives) and moved_negatives == negatives
+    assert sorted(moved_hard) == sorted(hard)
 
 
 def test_negatives_of_an_unused_group_are_not_in_use():
     _, batch = laid_out()
     unused = dataclasses.replace(batch, query_mask=np.zeros((1, 5), bool))
     for each, expected in ((batch, True), (unused, False)):
-        _, negatives = towers.item_train_rows(each, jax.random.key(0))
+        _, negatives, _ = towers.item_train_rows(each, jax.random.key(0))
         assert np.all(negatives.mask == expected) and negatives.mask.shape == (1, 7)
 
 
@@ -164,7 +167,7 @@ def test_items_of_training_and_evaluation_differ(option):
 
     @jax.jit
     def both(key):
-        train = towers.item_train_rows(batch, key)
+        train = towers.item_train_rows(batch, key)[:2]
         items = [jnp.asarray(lookups.positive), jnp.asarray(lookups.negative)]
 
         def call(module, train):

@@ -221,15 +221,17 @@ def test_accumulated_rows_never_become_a_table(is_at_once):
         }
         return {**tables, **found}
 
-    def gradients_of(tables, ids, number):
+    def gradients_of(tables, batch_stats, ids, number):
         unique = lookup.unique_rows(ids, capacity=64, sentinel=table.padded_rows)
         picked = lookup.gather(tables["t"].weights, unique)
         found = jax.grad(lambda p: jnp.sum(jnp.sin(lookup.expand(p, unique))))(picked)
-        return gradients.BatchGradients(jnp.sum(found), {"t": (unique, found)}, ids.sum())
+        return gradients.BatchGradients(
+            jnp.sum(found), {"t": (unique, found)}, ids.sum(), batch_stats
+        )
 
     def one_step(tables, batches):
         found, tables = gradients.accumulate(
-            gradients_of, batches, tables, update_tables=apply if is_at_once else None
+            gradients_of, batches, tables, {}, update_tables=apply if is_at_once else None
         )
         return apply(tables, found.rows, jnp.int32(0)), found.params
 

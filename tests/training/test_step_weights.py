@@ -114,12 +114,12 @@ def test_loss_and_metrics_equal_a_loop_over_queries(run):
 def test_hard_negatives_learn(run):
     """Rows that only hard negatives name move, and those of masked slots do not."""
     state = run_lib.init_state(run)
-    name, table = run.program.plan.candidate[0]
+    name, table = run.program.plan.candidate[0].feature, run.program.plan.candidate[0].table
     before = np.asarray(state.tables[table].weights)
     batch = run.pipeline.batch_at(0).batch
     after, _ = run.train_step(state, run.put(batch))
     changed = np.flatnonzero((np.asarray(after.tables[table].weights) != before).any(axis=1))
-    used = [batch.history[uih] for uih, _ in run.program.plan.history]
+    used = [batch.history[use.feature] for use in run.program.plan.history]
     used += [batch.positive[name], batch.negative[name]]
     others = np.unique(np.concatenate([ids.reshape(-1) for ids in used]))
     has_weight = batch.hard_negative_mask & (batch.sample_weight > 0)[..., None]

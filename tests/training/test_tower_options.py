@@ -76,7 +76,7 @@ def test_statistics_are_saved_and_used_in_evaluation(trained):
     checkpointer.close()
     jax.tree.map(np.testing.assert_array_equal, restored.batch_stats, state.batch_stats)
     items = np.arange(8, dtype=np.int32)
-    ids = {name: items for name, _ in run.program.plan.candidate}
+    ids = {use.feature: items for use in run.program.plan.candidate}
 
     def vectors(state):
         return jax.device_get(run.item_step(state, run.put((ids, items >= 0))))
