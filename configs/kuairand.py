@@ -143,6 +143,14 @@ def _seed(c) -> None:
     )
     c.model.similarity, c.model.temperature = "COSINE", 0.05
     c.loss.log_q_correction = False
+    # Where the plain columns are; their names say the same.
+    names = ("action_timestamp", "action_weight", "watch_time")
+    columns = {f"uih_seq__{name}": name for name in names} | {"request_time": "request_time"}
+    with c.unlocked():
+        c.raw_features = {
+            name: resolve.section(feature_schema.RawFeature(expression=f"user:{column}"))
+            for name, column in columns.items()
+        }
     c.data.label_fields = ("cand_seq__action_weight", "cand_seq__watch_time")
     c.data.negative_sampler.num_sample = 128
     c.data.batch_size = 64

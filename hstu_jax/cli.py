@@ -5,13 +5,14 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from hstu_jax.config import resolve, schema
+from hstu_jax.config import resolve, schema, seed_fields
 from hstu_jax.data import event_store, list_columns, sample
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -68,10 +69,25 @@ def _errors_as_messages():
     ) as error:
         if os.environ.get("HSTU_JAX_TRACEBACK"):
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         print("(set HSTU_JAX_TRACEBACK=1 to see where it was raised)", file=sys.stderr)
         sys.exit(2)
+
+
+def error_text(error: Exception) -> str:
+    """The message of an error; a field of the reference that we lack gets its fate."""
+    # A KeyError's own text is the quoted representation of its message.
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    # The locked ConfigDict says `Key "name" does not exist ...`, or the quoted name alone.
+    unknown = re.match(r"""'?Key "(\w+)" does not|["']+(\w+)["']+$""", text)
+    if not isinstance(error, AttributeError) or unknown is None:
+        return text
+    name = unknown[1] or unknown[2]
+    field = seed_fields.find(name)
+    if field is None:
+        return text
+    rule, advice = seed_fields.answer(field)
+    return f"{name}: {rule}; {advice}."
 
 
 def set_up_jax() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from hstu_jax.config import checks, schema
+from hstu_jax.config import checks, schema, seed_fields
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -93,6 +93,11 @@ def _build(cls: type, raw: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     for name in raw:
         if name not in hints:
+            known_there = seed_fields.find(_join(path, name))
+            if known_there is not None:
+                raise checks.ConfigError(
+                    _join(path, name), raw[name], *seed_fields.answer(known_there)
+                )
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise checks.ConfigError(
@@ -120,6 +125,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _build(hint, value, path)
     if origin is typing.Literal:
         if value not in args:
+            _refuse_seed_value(path, value)
             near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
             hint_text = f"did you mean {near[0]!r}? " if near else ""
             raise checks.ConfigError(
@@ -132,11 +138,19 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is collections.abc.Mapping:
         _require_type(isinstance(value, dict), path, value, "a section with names")
         return {name: _convert(args[1], item, _join(path, name)) for name, item in value.items()}
+    if hint is str:
+        _refuse_seed_value(path, value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     is_right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     _require_type(is_right, path, value, f"of type {hint.__name__}")
     return value
+
+
+def _refuse_seed_value(path: str, value: Any) -> None:
+    answer = seed_fields.answer_value(path, value)
+    if answer is not None:
+        raise checks.ConfigError(path, value, *answer)
 
 
 def _require_type(condition: bool, path: str, value: Any, expected: str) -> None:

@@ -1,7 +1,7 @@
 """The configuration as frozen dataclasses: every field, its default and its own checks.
 
-Field names are the reference's (`docs/seed-fields.md` follows). `resolve.py` turns a `ConfigDict`
-into these classes once; nothing behind it ever sees a `ConfigDict`. Relations between sections are
+Field names are the reference's (`docs/seed-fields.md`). `resolve.py` turns a `ConfigDict` into
+these classes once; nothing behind it ever sees a `ConfigDict`. Relations between sections are
 checked in `Config.__post_init__`. Next on the path: `hstu_jax.data`.
 """
 
