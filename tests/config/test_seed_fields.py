@@ -271,7 +271,11 @@ def resolve_with(path, value):
         ("model.num_sample", 5, r"reference's field; here it is data\.negative_sampler\.num_sampl"),
         ("model_dir", "x", r"model_dir='x': is the reference's field; here it is workdir\."),
         ("features.user_id.trainable", True, r"user_id\.trainable=True: .*every table is trained"),
-        (f"{_HSTU}.stu.sort_by_length", True, r"stu\.sort_by_length=True: .*block schedule"),
+        (
+            "model.user_tower.hstu.stu.sort_by_length",
+            True,
+            r"stu\.sort_by_length=True: .*block schedule",
+        ),
         ("loss.label_smoothing", 0.1, r"label_smoothing=0\.1: .*refused here; .*no effect"),
         ("model.kernel", "TRITON", r"^model\.kernel='TRITON': is the reference's value; .*'auto'"),
         ("model.kernel", "PYTORCH", r"kernel='PYTORCH': is the reference's value; write 'xla'"),
