@@ -120,7 +120,7 @@ def _small(c) -> None:
     c.model.similarity, c.model.temperature = "COSINE", 0.15
     c.model.initialization = "aligned"
     c.data.negative_sampler.num_sample = 2048
-    c.data.batch_size, c.data.block_len = 128, 32
+    c.data.batch_size, c.data.block_len = 256, 32
     c.train.num_epochs = 3
     c.train.dense_optimizer.lr, c.train.dense_optimizer.beta2 = 3e-3, 0.98
     c.train.sparse_optimizer.lr = 1.0

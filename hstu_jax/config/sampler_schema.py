@@ -27,7 +27,7 @@ _HARD_ONLY = (
     "field_delimiter",
     "max_unknown_share",
 )
-_PATHS = ("input_path", "user_input_path", "item_input_path", "hard_neg_edge_input_path")
+PATHS = ("input_path", "user_input_path", "item_input_path", "hard_neg_edge_input_path")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class NegativeSamplerConfig:
         require(self.num_sample > 0, "num_sample", self.num_sample, "must be positive")
         for name in ("num_eval_sample", "num_hard_sample", "weight_exponent"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in _PATHS:
+        for name in PATHS:
             require(
                 "://" not in getattr(self, name),
                 name,

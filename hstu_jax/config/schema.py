@@ -119,6 +119,7 @@ class Config:
         _check_aligned(self)
         _check_train_metrics(self)
         _check_keep_best(self)
+        _check_average(self)
 
     @property
     def num_contextual(self) -> int:
@@ -355,4 +356,14 @@ def _check_keep_best(config: Config) -> None:
         metric,
         "needs validations to choose from",
         "set eval.every_num_steps",
+    )
+
+
+def _check_average(config: Config) -> None:
+    require(
+        config.eval.use_dense_ema or config.train.dense_optimizer.ema.decay > 0,
+        "eval.use_dense_ema",
+        False,
+        "has no effect, since train.dense_optimizer.ema.decay=0.0 keeps no average",
+        "leave it True",
     )

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from hstu_jax.config import sampler_schema, schema
-from hstu_jax.data import event_store, sample_weights
+from hstu_jax.data import event_store, sample_weights, store_files
 from hstu_jax.data import schema as data_schema
 from hstu_jax.features import (
     ablation,
@@ -135,12 +135,29 @@ class Pipeline:
         return (*self._store.features.notes, *self.source.columns.notes)
 
     def fingerprint(self) -> str:
-        """Changes with the data, and with the words of vocabulary files; decides who may resume."""
+        """Changes with everything that batches are read from; decides who may resume.
+
+        The data itself, and where they are configured vocabularies, the sampler's files and sample
+        weights.
+        """
+        return self._fingerprint
+
+    @functools.cached_property  # every checkpoint asks for it
+    def _fingerprint(self) -> str:
+        parts = [
+            "\n".join((name, *feature.words())).encode()
+            for name, feature in sorted(self._config.features.items())
+            if feature.vocab_file
+        ]
+        sampler = self._config.data.negative_sampler
+        paths = [getattr(sampler, name) for name in sampler_schema.PATHS]
+        parts += [store_files.file_sha256(pathlib.Path(path)).encode() for path in paths if path]
+        if self.source.sample_weight is not None:
+            parts.append(np.ascontiguousarray(self.source.sample_weight).tobytes())
         digest = hashlib.sha256(self._store.fingerprint().encode())
-        files = {n: f for n, f in self._config.features.items() if f.vocab_file}
-        for name, feature in sorted(files.items()):
-            digest.update("\n".join((name, *feature.words())).encode())
-        return digest.hexdigest() if files else self._store.fingerprint()
+        for part in parts:
+            digest.update(part)
+        return digest.hexdigest() if parts else self._store.fingerprint()
 
     def num_steps(self, epoch: int) -> int:
         """Batches of an epoch, from 0. Packed epochs may differ by a batch."""

@@ -1,9 +1,9 @@
 """Orbax checkpoints of a `TrainState`: asynchronous, atomic, restored onto any mesh.
 
-A checkpoint is a nested dict of named arrays (`params`, `opt_state`, `tables`, `step`) plus a JSON
-record with the resolved configuration and the fingerprint of the data. Orbax writes under a
-temporary name and renames at the end, so a run that is killed while saving leaves the earlier
-checkpoints and nothing else that `latest_step` would pick up.
+A checkpoint is a nested dict of named arrays (the fields of `TrainState`) plus a JSON record with
+the resolved configuration, the fingerprint of the data and the sums of open log lines. Orbax writes
+under a temporary name and renames at the end, so a run that is killed while saving leaves the
+earlier checkpoints and nothing else that `latest_step` would pick up.
 """
 
 import dataclasses
@@ -27,6 +27,10 @@ _FREE_FIELDS = (
     "train.use_tensorboard",
     "data.path",
     "data.source",
+    "data.list_columns.train_input_path",
+    "data.list_columns.validation_input_path",
+    "data.list_columns.eval_input_path",
+    "data.list_columns.item_input_path",
     "data.num_prefetch",
     "eval.",
     "mesh.",

@@ -6,15 +6,19 @@ here with the same budget (`model.user_tower.encoder = "mean"`) in the workdir's
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
 
+import jax
 import numpy as np
 
+from hstu_jax.config import schema
 from hstu_jax.data import event_store, sample_oracle
 from hstu_jax.metrics import catalogue
-from hstu_jax.training import counting, evaluation, loop
+from hstu_jax.model import match
+from hstu_jax.training import counting, evaluation, loop, optimizer
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 
@@ -124,12 +128,7 @@ def _mean_pooling(
     run: run_lib.Run, step: int, *, may_train: bool, echo: Print
 ) -> loop.FitResult | str:
     """The mean-pooling baseline at a step, or why it is not shown."""
-    tower = dataclasses.replace(run.config.model.user_tower, encoder="mean")
-    baseline = dataclasses.replace(
-        run.config,
-        workdir=f"{run.config.workdir}/baseline_mean",
-        model=dataclasses.replace(run.config.model, user_tower=tower),
-    )
+    baseline = mean_config(run.config)
     devices = list(run.mesh.devices.flat)
     if not may_train:
         try:
@@ -139,6 +138,28 @@ def _mean_pooling(
     echo("baseline  mean pooling: the same towers, data, steps and learning rates")
     return loop.fit(
         baseline, run.store, devices=devices, echo=lambda line: echo(_indent(line, "  mean    "))
+    )
+
+
+def mean_config(config: schema.Config) -> schema.Config:
+    """The configuration of a run's mean-pooling baseline.
+
+    Part optimizers that take STU parameters alone have nothing to take there and are left out.
+    """
+    tower = dataclasses.replace(config.model.user_tower, encoder="mean")
+    model = dataclasses.replace(config.model, user_tower=tower)
+    modules = match.build_model(model, config.all_features, config.feature_groups)
+    params = jax.eval_shape(functools.partial(match.init_params, modules), jax.random.key(0))
+    dense = config.train.dense_optimizer
+    patterns = tuple(part.regex_pattern for part in dense.part_optimizers)
+    used = set(optimizer.part_numbers(params, patterns=patterns).values())
+    parts = tuple(part for i, part in enumerate(dense.part_optimizers) if i in used)
+    dense = dataclasses.replace(dense, part_optimizers=parts)
+    return dataclasses.replace(
+        config,
+        workdir=f"{config.workdir}/baseline_mean",
+        model=model,
+        train=dataclasses.replace(config.train, dense_optimizer=dense),
     )
 
 

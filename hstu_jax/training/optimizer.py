@@ -55,19 +55,31 @@ def part_labels(params: Any, *, patterns: tuple[str, ...]) -> Any:
     Raises:
         ValueError: a pattern that takes no parameter; lists the names.
     """
-    labels = {}
-    for path in traverse_util.flatten_dict(params, sep="/"):
-        names = {path, reference_weights.path_to_name(path)}
-        hits = [i for i, p in enumerate(patterns) if any(re.fullmatch(p, name) for name in names)]
-        labels[path] = f"part{hits[0]}" if hits else _REST
+    parts = part_numbers(params, patterns=patterns)
+    labels = {path: _REST if part is None else f"part{part}" for path, part in parts.items()}
     for number, pattern in enumerate(patterns):
-        if f"part{number}" not in labels.values():
+        if number not in parts.values():
             raise ValueError(
                 f"train.dense_optimizer.part_optimizers[{number}].regex_pattern={pattern!r}: takes "
                 "no parameter (it must match a whole name, and the first part that matches takes "
                 f"it); the names are {', '.join(sorted(labels))}, or the reference's for them."
             )
     return traverse_util.unflatten_dict(labels, sep="/")
+
+
+def part_numbers(params: Any, *, patterns: tuple[str, ...]) -> dict[str, int | None]:
+    """Our name of every parameter -> number of the first pattern that takes it, as `part_labels`.
+
+    Args:
+        params: nested dict with the names of the dense parameters.
+        patterns: regular expressions, one per part.
+    """
+    found = {}
+    for path in traverse_util.flatten_dict(params, sep="/"):
+        names = {path, reference_weights.path_to_name(path)}
+        hits = [i for i, p in enumerate(patterns) if any(re.fullmatch(p, name) for name in names)]
+        found[path] = hits[0] if hits else None
+    return found
 
 
 def _optimizer(

@@ -61,6 +61,11 @@ REFUSED = {
         ValueError,
         "model.item_tower.mlp.hidden_units=32: the item tower's width must equal",
     ),
+    "an average that is not kept": (
+        lambda folder, parts: with_field("eval.use_dense_ema", False),
+        ValueError,
+        "eval.use_dense_ema=False: has no effect, since train.dense_optimizer.ema.decay=0.0",
+    ),
     "missing data": (
         lambda folder, parts: event_store.open_store(folder / "nothing"),
         FileNotFoundError,

@@ -177,3 +177,13 @@ def test_sample_weights_are_the_users(store, make_config):
         assert {window: weight for window, (_, weight) in batch.items()} == {
             window: float(weights[window]) for window in range(22)
         }
+
+
+def test_another_edge_file_is_another_run(config, store, tmp_path):
+    path = tmp_path / "edges.tsv"
+    text = path.read_text()
+    prints = []
+    for content in (text, text + "1003\t7\t1\n", text):
+        path.write_text(content)
+        prints.append(pipeline.Pipeline(config(), store).fingerprint())
+    assert prints[0] == prints[2] != prints[1]
