@@ -69,6 +69,18 @@ def check_groups(num_groups: int, mesh: Mesh) -> None:
 STATE_SPEC = state_lib.TrainState(step=P(), params=P(), opt_state=P(), tables=SPLIT, ema=P())
 
 
+def with_shardings(shapes: state_lib.TrainState, mesh: Mesh) -> state_lib.TrainState:
+    """Shapes of a state -> the same with the shardings that its arrays have on a mesh."""
+
+    def place(spec, tree):
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        )
+
+    return jax.tree.map(place, STATE_SPEC, shapes)
+
+
 def place_train_step(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Compiles (state, batch) -> (state, metrics) for the mesh; the state's buffers are reused."""
     specs = dict(in_specs=(STATE_SPEC, SPLIT), out_specs=(STATE_SPEC, REPLICATED))

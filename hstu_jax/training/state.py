@@ -43,10 +43,20 @@ def for_evaluation(state: TrainState, *, use_ema: bool) -> TrainState:
     return dataclasses.replace(state, params=state.ema)
 
 
+def count(tree: Any) -> int:
+    """Numbers in a tree of arrays or of shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def size_bytes(tree: Any) -> int:
+    """Memory of a tree of arrays or of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def init_tables(
     specs: tuple[table_spec.TableSpec, ...],
     key: jax.Array,
-    sharding: jax.sharding.Sharding,
+    sharding: jax.sharding.Sharding | None,
     *,
     rule: optimizers.Rule,
 ) -> dict[str, update.TableState]:
@@ -68,10 +78,10 @@ def init_state(
     *,
     optimizer: optax.GradientTransformation,
     tables: dict[str, update.TableState],
-    replicated: jax.sharding.Sharding,
+    replicated: jax.sharding.Sharding | None,
     has_ema: bool,
 ) -> TrainState:
-    """The state before the first step, on the mesh."""
+    """The state before the first step, on the mesh; None is the default device."""
     params = jax.device_put(params, replicated)
     opt_state = jax.jit(optimizer.init, out_shardings=replicated)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
