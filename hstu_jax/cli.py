@@ -26,7 +26,12 @@ COMPILATION_CACHE = flags.DEFINE_string(
 )
 
 
-def run_main(main: Callable[[schema.Config], None], *, command: str | None = None) -> None:
+def run_main(
+    main: Callable[[schema.Config], None],
+    *,
+    command: str | None = None,
+    uses_devices: bool = True,
+) -> None:
     """Parses the flags, sets JAX up, and calls `main` with the resolved configuration.
 
     Errors in the configuration or the data end the program with their message and status 2.
@@ -34,6 +39,7 @@ def run_main(main: Callable[[schema.Config], None], *, command: str | None = Non
     Args:
         main: the program.
         command: word that must stand before the flags, if any.
+        uses_devices: False leaves JAX on the CPU, so that nothing is reserved on an accelerator.
     """
 
     def absl_main(argv: list[str]) -> None:
@@ -44,7 +50,10 @@ def run_main(main: Callable[[schema.Config], None], *, command: str | None = Non
         if WORKDIR.value:
             raw.workdir = WORKDIR.value
         config = resolve.resolve(raw)
-        set_up_jax()
+        if uses_devices:
+            set_up_jax()
+        else:
+            _stay_on_the_cpu()
         main(config)
 
     flags.mark_flag_as_required("config")
@@ -102,6 +111,12 @@ def set_up_jax() -> None:
     warning = unused_accelerator_warning()
     if warning:
         print(warning, file=sys.stderr)
+
+
+def _stay_on_the_cpu() -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def unused_accelerator_warning() -> str:

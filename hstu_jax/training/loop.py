@@ -81,9 +81,10 @@ def fit(
     run = run_lib.build_run(config, store, devices=devices)
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(contextlib.closing(run.checkpointer()))
-        state = run_lib.init_state(run)
-        echo(run_lib.describe(run, state))
         latest = checkpointer.latest_step()
+        # To go on takes shapes only: a first state beside the restored one would double the memory.
+        state = run_lib.init_state(run) if latest is None else run_lib.abstract_state(run)
+        echo(run_lib.describe(run, state))
         saved: checkpoint.Record | None = None
         if latest is not None:
             where = f"{run.workdir}/checkpoints/{latest}"
@@ -145,7 +146,7 @@ def restore(
             raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {steps}.")
         saved = checkpointer.read_record(step)
         checkpoint.check_resumable(saved, run.record(), where=str(folder / str(step)))
-        state = checkpointer.restore(step, run_lib.init_state(run))
+        state = checkpointer.restore(step, run_lib.abstract_state(run))
     finally:
         checkpointer.close()
     return FitResult(run=run, state=state, train_s=0.0, num_compilations=0)

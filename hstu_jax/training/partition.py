@@ -71,6 +71,18 @@ STATE_SPEC = state_lib.TrainState(
 )
 
 
+def with_shardings(shapes: state_lib.TrainState, mesh: Mesh) -> state_lib.TrainState:
+    """Shapes of a state -> the same with the shardings that its arrays have on a mesh."""
+
+    def place(spec, tree):
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        )
+
+    return jax.tree.map(place, STATE_SPEC, shapes)
+
+
 def place_train_step(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Compiles (state, batch) -> (state, metrics) for the mesh; the state's buffers are reused."""
     specs = dict(in_specs=(STATE_SPEC, SPLIT), out_specs=(STATE_SPEC, REPLICATED))

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from hstu_jax.config import resolve, schema
 from hstu_jax.data import event_store
@@ -137,36 +136,69 @@ def build_run(
 
 def init_state(run: Run) -> state_lib.TrainState:
     """The state before the first step, from the run's seed."""
-    key = jax.random.fold_in(jax.random.key(run.config.seed), _INIT_FOLD)
+    return _first_state(
+        run.program,
+        replicated=partition.replicated_sharding(run.mesh),
+        split=partition.split_sharding(run.mesh),
+        is_aligned=run.config.model.initialization == "aligned",
+    )
+
+
+def state_shapes(config: schema.Config) -> state_lib.TrainState:
+    """Shapes and types of a configuration's state; needs no data and allocates nothing."""
+    # No array of the state has a size that depends on the run's length.
+    program = step.make_program(config, run_length=schedules.RunLength(num_steps=1))
+    return _shapes_of(program)
+
+
+def abstract_state(run: Run) -> state_lib.TrainState:
+    """Shapes, types and shardings of a run's state: what a checkpoint is restored to."""
+    return partition.with_shardings(_shapes_of(run.program), run.mesh)
+
+
+def _shapes_of(program: step.Program) -> state_lib.TrainState:
+    # Alignment changes values, never shapes, and computes some of them on the host.
+    options = dict(replicated=None, split=None, is_aligned=False)
+    return jax.eval_shape(functools.partial(_first_state, program, **options))
+
+
+def _first_state(
+    program: step.Program,
+    *,
+    replicated: jax.sharding.Sharding | None,
+    split: jax.sharding.Sharding | None,
+    is_aligned: bool,
+) -> state_lib.TrainState:
+    config = program.config
+    key = jax.random.fold_in(jax.random.key(config.seed), _INIT_FOLD)
     param_key, table_key = jax.random.split(key)
-    replicated = partition.replicated_sharding(run.mesh)
-    variables = match.init_variables(run.program.model, param_key)
-    model = run.config.model
-    if model.initialization == "aligned":
+    variables = match.init_variables(program.model, param_key)
+    model = config.model
+    if is_aligned:
         stu = model.user_tower.hstu.stu
         variables["params"] = initialization.align(
             variables["params"], value_width=stu.num_heads * stu.hidden_dim
         )
     return state_lib.init_state(
         variables,
-        optimizer=run.program.optimizer,
-        tables=state_lib.init_tables(
-            run.program.specs,
-            table_key,
-            partition.split_sharding(run.mesh),
-            rule=run.program.table_rule,
-        ),
+        optimizer=program.optimizer,
+        tables=state_lib.init_tables(program.specs, table_key, split, rule=program.table_rule),
         replicated=replicated,
-        has_ema=run.config.train.dense_optimizer.ema.decay > 0,
+        has_ema=config.train.dense_optimizer.ema.decay > 0,
     )
 
 
 def describe(run: Run, state: state_lib.TrainState) -> str:
-    """The banner of a run: devices, data, parameters, shapes."""
+    """The banner of a run: devices, data, parameters, shapes.
+
+    Args:
+        run: the run.
+        state: its state, or one of `abstract_state`.
+    """
     stats = run.store.stats
-    num_params = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
+    num_params = state_lib.count(state.params)
     tables = ", ".join(f"{spec.name} {spec.num_rows:,} x {spec.dim}" for spec in run.program.specs)
-    table_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.tables))
+    table_bytes = state_lib.size_bytes(state.tables)
     device = run.mesh.devices.flat[0]
     epoch = run.pipeline.stats()
     shapes = "; ".join(str(shape) for shape in run.pipeline.shapes)

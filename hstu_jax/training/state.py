@@ -50,10 +50,20 @@ def for_evaluation(state: TrainState, *, use_ema: bool) -> TrainState:
     return dataclasses.replace(state, params=state.ema)
 
 
+def count(tree: Any) -> int:
+    """Numbers in a tree of arrays or of shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def size_bytes(tree: Any) -> int:
+    """Memory of a tree of arrays or of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def init_tables(
     specs: tuple[table_spec.TableSpec, ...],
     key: jax.Array,
-    sharding: jax.sharding.Sharding,
+    sharding: jax.sharding.Sharding | None,
     *,
     rule: optimizers.Rule,
 ) -> dict[str, update.TableState]:
@@ -75,10 +85,18 @@ def init_state(
     *,
     optimizer: optax.GradientTransformation,
     tables: dict[str, update.TableState],
-    replicated: jax.sharding.Sharding,
+    replicated: jax.sharding.Sharding | None,
     has_ema: bool,
 ) -> TrainState:
-    """The state before the first step, on the mesh; `variables` as from `match.init_variables`."""
+    """The state before the first step, on the mesh.
+
+    Args:
+        variables: from `match.init_variables`.
+        optimizer: of the dense parameters.
+        tables: from `init_tables`.
+        replicated: where everything but the tables lives; None = the default device.
+        has_ema: keep an average of the parameters.
+    """
     params, batch_stats = jax.device_put(
         (variables["params"], variables["batch_stats"]), replicated
     )
