@@ -119,8 +119,18 @@ def run_stu_stack(case: golden_cases.Case) -> None:
     tail, out_lengths = None, placement.lengths
     if split:
         cut = placement.tail(num_contextual=contextual_len, tail_len=tail_len, num_targets=targets)
-        tail = encoder.build_tail(sequence, cut.sequence_layout(), contextual_len=contextual_len)
         out_lengths = cut.segment_lengths[0]
+        layout = cut.sequence_layout()
+        if not sees_targets:  # targets were kept, but masks take them for history
+            layout = dataclasses.replace(
+                placement,
+                starts=cut.segment_starts[0],
+                lengths=out_lengths,
+                num_rows=1,
+                row_len=cut.row_len,
+                block_len=cut.block_len,
+            ).layout()
+        tail = encoder.build_tail(sequence, layout, contextual_len=contextual_len)
         np.testing.assert_array_equal(out_lengths, case["out.plan_new_lengths"])
     np.testing.assert_array_equal(np.cumsum([0, *out_lengths]), case["out.y_offsets"])
     padded_len = [case.args["max_seq_len"], int(out_lengths.max())]

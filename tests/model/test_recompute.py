@@ -69,3 +69,19 @@ def test_values_and_gradients_are_equal():
 
     for got, want in zip(run(EVERYTHING), run(NOTHING | {"recompute_y": True}), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max(), rtol=0)
+
+
+def test_the_attention_itself_does_not_run_again():
+    """Two loops over tiles, forward and backward, as without recomputation."""
+    layer = test_stu.make_layer(implementation="xla", **EVERYTHING)
+    params = test_stu.random_params(layer, PLACEMENT)
+    sequence = test_stu.sequence_of(PLACEMENT)
+
+    def loss(params, x):
+        return jnp.sum(layer.apply({"params": params}, x, sequence) ** 2)
+
+    x = jnp.zeros((*GRID, test_stu.WIDTH))
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile().as_text()
+    # The loops of searchsorted carry integers only.
+    loops = [line for line in text.splitlines() if " while(" in line and "f32" in line]
+    assert len(loops) == 2
