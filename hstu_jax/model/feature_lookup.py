@@ -87,9 +87,11 @@ def batch_ids(plan: LookupPlan, batch: batch_lib.Batch) -> dict[str, TableIds]:
     parts += [(use, batch.positive[use.feature], batch.query_mask) for use in plan.candidate]
     every_negative = jnp.ones(batch.negative_log_q.shape, bool)
     parts += [(use, batch.negative[use.feature], every_negative) for use in plan.candidate]
-    parts += [
-        (use, batch.hard_negative[use.feature], batch.hard_negative_mask) for use in plan.candidate
-    ]
+    if batch.hard_negative_mask.size:  # XLA of jax 0.11 crashes on the empty arrays of two devices
+        parts += [
+            (use, batch.hard_negative[use.feature], batch.hard_negative_mask)
+            for use in plan.candidate
+        ]
     return _by_table(parts)
 
 
