@@ -87,11 +87,9 @@ def batch_ids(plan: LookupPlan, batch: batch_lib.Batch) -> dict[str, TableIds]:
     parts += [(use, batch.positive[use.feature], batch.query_mask) for use in plan.candidate]
     every_negative = jnp.ones(batch.negative_log_q.shape, bool)
     parts += [(use, batch.negative[use.feature], every_negative) for use in plan.candidate]
-    if batch.hard_negative_mask.size:  # XLA of jax 0.11 crashes on the empty arrays of two devices
-        parts += [
-            (use, batch.hard_negative[use.feature], batch.hard_negative_mask)
-            for use in plan.candidate
-        ]
+    parts += [
+        (use, batch.hard_negative[use.feature], batch.hard_negative_mask) for use in plan.candidate
+    ]
     return _by_table(parts)
 
 
@@ -129,7 +127,8 @@ def _by_table(parts: list[tuple[Use, jax.Array, jax.Array]]) -> dict[str, TableI
     """Occurrences by table; an id of -1 (no id) counts as a slot that holds nothing."""
     grouped: dict[str, list] = {}
     for use, ids, valid in parts:
-        if use.table is None:
+        # An empty part adds nothing, and on two devices XLA of jax 0.11 crashes on it.
+        if use.table is None or ids.size == 0:
             continue
         valid = valid.reshape(*valid.shape, *(1,) * (ids.ndim - valid.ndim))
         valid = jnp.broadcast_to(valid, ids.shape) & (ids >= 0)

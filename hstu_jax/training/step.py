@@ -373,9 +373,9 @@ def _metrics(program, scores, batch, *, num_not_finite) -> StepMetrics:
     """Sums over the whole mesh."""
     hits, num_queries = ranking.sampled_hits(
         positive_scores=scores.positive_scores,
-        negative_scores=scores.negative_scores
-        if not scores.hard_negative_scores.size
-        else jnp.concatenate([scores.negative_scores, scores.hard_negative_scores], axis=-1),
+        negative_scores=jnp.concatenate(
+            [scores.negative_scores, scores.hard_negative_scores], axis=-1
+        ),
         positive_user=batch.positive_user,
         query_mask=batch.query_mask,
         cutoffs=program.config.metrics.recall_at_k,
