@@ -94,16 +94,21 @@ class ItemTower(nn.Module):
             return [self(*part) for part in zip(embeddings, train, strict=True)]
         # Batch statistics are those of all items together.
         joined = tower_mlp.TrainRows(
-            mask=jnp.concatenate([rows.mask for rows in train], axis=1),
+            mask=_side_by_side([rows.mask for rows in train]),
             identity=dropout.TokenIdentity(
-                user_index=jnp.concatenate([r.identity.user_index for r in train], axis=1),
-                position=jnp.concatenate([r.identity.position for r in train], axis=1),
+                user_index=_side_by_side([rows.identity.user_index for rows in train]),
+                position=_side_by_side([rows.identity.position for rows in train]),
             ),
             dropout_key=train[0].dropout_key,
         )
-        vectors = self(jnp.concatenate(embeddings, axis=1), joined)
+        vectors = self(_side_by_side(embeddings), joined)
         ends = np.cumsum([embedding.shape[1] for embedding in embeddings])
         return jnp.split(vectors, ends[:-1], axis=1)
+
+
+def _side_by_side(parts):
+    """Parts joined on axis 1; empty ones, on which XLA of jax 0.11 crashes, are left out."""
+    return jnp.concatenate([part for part in parts if part.shape[1] > 0], axis=1)
 
 
 def item_train_rows(
