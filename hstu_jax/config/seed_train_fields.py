@@ -9,7 +9,6 @@ from hstu_jax.config.seed_entry import SeedField, SeedValue, refused, renamed, s
 _FUSED = "chooses an implementation there, not other numbers; leave it out"
 _KIND = "{} there is a kind; not built: use rowwise_adagrad, adagrad, adam or sgd"
 _TF32 = "float32 products are computed in full; leave it out"
-_PRECISION = "training is in float32, other precisions are not built yet; leave it out"
 _BY_TIME = "checkpoints are counted in steps; use save_checkpoints_steps"
 _NO_EXPORT = "export is not built yet; leave it out"
 
@@ -109,6 +108,12 @@ _TRAIN = (
         "train.keep_checkpoint_max",
         "at least 1; for all of them (0 there) give a large number",
     ),
+    SeedField(
+        "train_config.mixed_precision",
+        "same",
+        "train.mixed_precision",
+        '"BF16" or "" (float32); in training only, evaluation is in float32',
+    ),
     *same(
         "train_config.grad_clipping",
         "train.grad_clipping",
@@ -128,7 +133,6 @@ _TRAIN = (
             "tensorboard_summaries": "loss, recall and throughput are always written; leave it out",
             "cudnn_allow_tf32": _TF32,
             "cuda_matmul_allow_tf32": _TF32,
-            "mixed_precision": _PRECISION,
             **dict.fromkeys(
                 (
                     "grad_scaler.init_scale",
@@ -136,7 +140,7 @@ _TRAIN = (
                     "grad_scaler.backoff_factor",
                     "grad_scaler.growth_interval",
                 ),
-                "scales the losses of float16, and training is in float32; leave it out",
+                "scales the losses of float16, which is not built; bfloat16 needs no scaling",
             ),
             **dict.fromkeys(
                 (

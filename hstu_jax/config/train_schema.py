@@ -340,6 +340,9 @@ class TrainConfig:
     sparse_optimizer: SparseOptimizerConfig = SparseOptimizerConfig()
     dense_optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     grad_clipping: GradClippingConfig = GradClippingConfig()
+    # "BF16": both towers compute training batches in bfloat16. Parameters, tables, optimizers, sums
+    # and the loss stay float32; so does evaluation.
+    mixed_precision: Literal["", "BF16"] = ""
     gradient_accumulation_steps: int = 1  # batches of an optimizer step
     # Over the queries of all its batches: their mean loss, or (as the reference) the sum of the
     # batches' mean losses, which makes gradients that many times larger.

@@ -78,4 +78,4 @@ class Dice(nn.Module):
         share = jax.nn.sigmoid(norm(x, row_mask))
         alpha = self.param("alpha", nn.initializers.zeros, (x.shape[-1],))
         alpha = alpha.reshape(*(1,) * (x.ndim - 1), -1)
-        return x * share + alpha * x * (1.0 - share)
+        return (x * share + alpha * x * (1.0 - share)).astype(x.dtype)

@@ -54,7 +54,7 @@ class MatrixNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape).reshape(*ones, *shape)
         bias = self.param("bias", nn.initializers.zeros, shape).reshape(*ones, *shape)
         flat = normalization.standardize(x.reshape(*x.shape[:-2], -1), eps=1e-5)
-        return flat.reshape(x.shape) * scale + bias
+        return (flat.reshape(x.shape) * scale + bias).astype(x.dtype)
 
 
 class ParameterizedMlp(nn.Module):

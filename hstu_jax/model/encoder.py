@@ -161,7 +161,8 @@ class Encoder(nn.Module):
     def finish(
         self, x: Float[Array, "S D"], sequence: stu.Sequence, batch: features_batch.Batch
     ) -> Float[Array, "S D"]:
-        """Postprocessed vectors; exact zeros for users without a single token."""
+        """Postprocessed float32 vectors; exact zeros for users without a single token."""
+        x = x.astype(jnp.float32)
         x = self.postprocess(x, batch.last_phase.reshape(x.shape[0], -1))
         is_used = jnp.asarray(sequence.layout.lengths) > 0
         return jnp.where(is_used[:, None], x, 0.0)
@@ -223,9 +224,8 @@ class MeanEncoder(Encoder):
         num_users = lengths.shape[0]
         # Padding goes to a bin of its own, past the users.
         bins = jnp.where(segment >= 0, segment, num_users).reshape(-1)
-        total = jax.ops.segment_sum(x.reshape(-1, x.shape[-1]), bins, num_segments=num_users + 1)[
-            :num_users
-        ]
+        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        total = jax.ops.segment_sum(flat, bins, num_segments=num_users + 1)[:num_users]
         return self.finish(total / jnp.maximum(lengths, 1)[:, None], sequence, batch)
 
 

@@ -3,6 +3,11 @@
 `nn.Dense` of Flax starts from other distributions; the ones here are torch's default and Xavier
 uniform (docs/model.md). Used by `preprocessor.py`, `contextual_mlp.py`, `tower_mlp.py`
 and `towers.py`.
+
+Precision, here and in all of the model: the dtype of the looked-up embeddings is that of the
+computation (`train.mixed_precision`). Parameters are float32; a matrix is cast where it meets its
+input, while scales, biases and learned tables are added in float32 and the sum is rounded once, so
+that their gradients, sums over thousands of tokens, are summed in float32 as well.
 """
 
 import jax
@@ -42,14 +47,15 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        """The projected array."""
+        """The projected array, in the dtype of x."""
         width = x.shape[-1]
         if self.init == "fan_in":
             kernel_init = bias_init = uniform_fan_in(width)
         else:
             kernel_init, bias_init = xavier_uniform, nn.initializers.zeros
         kernel = self.param("kernel", kernel_init, (width, self.features))
+        projected = jnp.dot(x, kernel.astype(x.dtype))
         if not self.use_bias:
-            return jnp.dot(x, kernel)
+            return projected
         bias = self.param("bias", bias_init, (self.features,))
-        return jnp.dot(x, kernel) + bias.reshape(*(1,) * (x.ndim - 1), -1)
+        return (projected + bias.reshape(*(1,) * (x.ndim - 1), -1)).astype(x.dtype)

@@ -47,7 +47,8 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         ones = (1,) * (x.ndim - 1)
-        return standardize(x, eps=self.eps) * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
+        y = standardize(x, eps=self.eps) * scale.reshape(*ones, -1) + bias.reshape(*ones, -1)
+        return y.astype(x.dtype)
 
 
 class NormWeights(nn.Module):

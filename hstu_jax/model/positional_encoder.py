@@ -126,4 +126,5 @@ class PositionalEncoder(nn.Module):
         else:
             row = forward_positions(position, history_end, num_position_buckets=num_positions)
             added = positions.at[row].get(mode="clip")
-        return jnp.where(token_mask[..., None], width**0.5 * x + added, 0.0)
+        encoded = (width**0.5 * x + added).astype(x.dtype)
+        return jnp.where(token_mask[..., None], encoded, 0.0)

@@ -63,7 +63,7 @@ class UihPreprocessor(nn.Module):
         contextual = jnp.where(is_used[:, None, None], contextual, 0.0)
         tokens = linear.Linear(self.output_dim, name="input_projection")(history)
         if self.actions is not None:
-            encoded = self.actions(action, watch_time_s)
+            encoded = self.actions(action, watch_time_s).astype(tokens.dtype)
             if isinstance(self.action_mlp, contextual_mlp.ParameterizedMlp):
                 tokens = tokens + self.action_mlp(
                     encoded,
@@ -92,6 +92,7 @@ class UihPreprocessor(nn.Module):
         )
         starts, lengths = jnp.asarray(layout.starts), jnp.asarray(layout.lengths)
         is_used = lengths > 0
+        kernel = kernel.astype(contextual.dtype)
         projected = jnp.einsum("scf,cfd->scd", contextual, kernel) + bias[None]
         # Indices are unique, also those past the end, which are dropped: the transpose is a gather.
         flat = tokens.reshape(-1, self.output_dim)
@@ -99,5 +100,5 @@ class UihPreprocessor(nn.Module):
         past_end = flat.shape[0] + jnp.arange(count, dtype=jnp.int32).reshape(num_users, -1)
         slot = starts[:, None] + jnp.arange(num_contextual, dtype=jnp.int32)[None]
         slot = jnp.where(is_used[:, None], slot, past_end)
-        flat = flat.at[slot].set(projected, mode="drop", unique_indices=True)
+        flat = flat.at[slot].set(projected.astype(flat.dtype), mode="drop", unique_indices=True)
         return flat.reshape(tokens.shape)

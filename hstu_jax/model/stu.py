@@ -145,7 +145,8 @@ class StuLayer(nn.Module):
 
         def run(x):
             normed = self._input_norm(x, norm_weights)
-            projected = jnp.dot(normed, self.uvqk_kernel) + self.uvqk_bias[None, None]
+            projected = jnp.dot(normed, self.uvqk_kernel.astype(x.dtype))
+            projected = (projected + self.uvqk_bias[None, None]).astype(x.dtype)
             projected = ad_checkpoint.checkpoint_name(projected, _UVQK)
             u, v, q, k = self._split(projected, ("u", "v", "q", "k"))
             attended = attention.hstu_attention(
@@ -185,19 +186,20 @@ class StuLayer(nn.Module):
         norm_weights = self.input_norm(self.embedding_dim)
         value_width, qk_width = self._value_width, self.num_heads * self.attention_dim
         cuts = (value_width, 2 * value_width, 2 * value_width + qk_width)
-        kernel_u, kernel_v, kernel_q, kernel_k = jnp.split(self.uvqk_kernel, cuts, axis=1)
+        kernels = jnp.split(self.uvqk_kernel.astype(x.dtype), cuts, axis=1)
+        kernel_u, kernel_v, kernel_q, kernel_k = kernels
         bias_u, bias_v, bias_q, bias_k = jnp.split(self.uvqk_bias, cuts)
 
         def run(x):
             normed = self._input_norm(x, norm_weights)
             all_tokens = jnp.dot(normed, jnp.concatenate([kernel_v, kernel_k], axis=1))
-            all_tokens += jnp.concatenate([bias_v, bias_k])[None, None]
+            all_tokens = all_tokens + jnp.concatenate([bias_v, bias_k])[None, None]
             one_token = jnp.dot(
                 take_last(normed, sequence), jnp.concatenate([kernel_u, kernel_q], axis=1)
             )
-            one_token += jnp.concatenate([bias_u, bias_q])[None]
-            all_tokens = ad_checkpoint.checkpoint_name(all_tokens, _UVQK)
-            one_token = ad_checkpoint.checkpoint_name(one_token, _UVQK)
+            one_token = one_token + jnp.concatenate([bias_u, bias_q])[None]
+            all_tokens = ad_checkpoint.checkpoint_name(all_tokens.astype(x.dtype), _UVQK)
+            one_token = ad_checkpoint.checkpoint_name(one_token.astype(x.dtype), _UVQK)
             v, k = self._split(all_tokens, ("v", "k"))
             u, q = self._split(one_token, ("u", "q"))
             attended = attention.hstu_attention_last(
@@ -220,7 +222,7 @@ class StuLayer(nn.Module):
     def _input_norm(self, x, weights):
         scale, bias = (w.reshape(*(1,) * (x.ndim - 1), -1) for w in weights)
         normed = normalization.standardize(x, eps=_NORM_EPS) * scale + bias
-        return ad_checkpoint.checkpoint_name(normed, _NORMED_X)
+        return ad_checkpoint.checkpoint_name(normed.astype(x.dtype), _NORMED_X)
 
     def _remat(self, run):
         """`run` with a backward pass that keeps what the recompute fields leave to keep."""
@@ -251,14 +253,14 @@ class StuLayer(nn.Module):
         def project(u, attended):
             u = jax.nn.silu(u)
             flat = attended.reshape(*u.shape)
-            parts = (u, flat, u * self._output_norm(attended))
+            parts = (u, flat, u * self._output_norm(attended).astype(u.dtype))
             parts = dropout.dropout_parts(
                 parts, rate=self.output_dropout_ratio, key=dropout_key, identity=identity
             )
             parts = [ad_checkpoint.checkpoint_name(part, _Y) for part in parts]
             # Three products instead of one of the concatenation: 336 instead of 389 MiB of
             # temporaries in the stack benchmark at N = 2048.
-            kernels = jnp.split(self.output_kernel, len(parts))
+            kernels = jnp.split(self.output_kernel.astype(u.dtype), len(parts))
             return sum(jnp.dot(part, kernel) for part, kernel in zip(parts, kernels, strict=True))
 
         # SiLU, norm and dropout bits are as wide as everything else a layer keeps together, and

@@ -71,8 +71,9 @@ class ItemTower(nn.Module):
     def __call__(
         self, embedding: Float[Array, "*batch Fc"], train: tower_mlp.TrainRows | None = None
     ) -> Float[Array, "*batch E"]:
-        """One vector per item; `train` as for the MLP, None = evaluation."""
+        """One float32 vector per item; `train` as for the MLP, None = evaluation."""
         x = embedding if self.mlp is None else self.mlp(embedding, train)
+        x = x.astype(jnp.float32)
         if self.output_dim:
             x = self.output(x)
         return normalization.l2_normalize(x) if self.normalize else x

@@ -219,6 +219,9 @@ def batch_gradients(
             for table, rows in picked.items()
         }
         inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
+        if program.config.train.mixed_precision == "BF16":
+            # The model computes in the dtype of its inputs; gradients of rows are float32 again.
+            inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
         towers, changed = program.model.apply(
             train_state.variables(params), inputs, batch, dropout_key, mutable=["batch_stats"]
         )

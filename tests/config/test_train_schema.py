@@ -36,6 +36,7 @@ def under(path, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"train__mixed_precision": "FP16"}, r"mixed_precision='FP16': unknown choice; .*'BF16'"),
         (under(DENSE, kind="lamb"), r"dense_optimizer\.kind='lamb': unknown choice; .*'rmsprop'"),
         (
             under(DENSE, kind="adagrad", beta1=0.8),
