@@ -76,7 +76,9 @@ def random_lanes(
     low, high = jax.extend.random.threefry_2x32(words, counts).reshape(2, *second.shape)
     mask = jnp.uint32(2**_LANE_BITS - 1)
     lanes = [low & mask, low >> _LANE_BITS, high & mask, high >> _LANE_BITS]
-    stacked = jnp.stack(lanes, axis=-1).reshape(*identity.position.shape, -1)
+    # The width is spelled out: there may be no token at all, and -1 cannot be told from nothing.
+    width = num_hashes * _CHANNELS_PER_HASH
+    stacked = jnp.stack(lanes, axis=-1).reshape(*identity.position.shape, width)
     return stacked[..., :num_channels]
 
 

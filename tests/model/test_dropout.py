@@ -117,3 +117,10 @@ def test_a_key_of_another_kind_is_refused():
     key = jax.random.key(0, impl="rbg")
     with pytest.raises(ValueError, match="must be one threefry key; make it with jax.random.key"):
         dropout.random_lanes(key, identity([0], [0]), num_channels=4)
+
+
+def test_no_token_at_all_is_no_error():
+    """A batch without hard negatives has none; item towers with dropout met them."""
+    x = jnp.zeros((1, 0, 6))
+    empty = identity(np.zeros((1, 0)), np.zeros((1, 0)))
+    assert dropout.dropout(x, rate=0.5, key=jax.random.key(0), identity=empty).shape == x.shape
