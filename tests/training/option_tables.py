@@ -230,17 +230,31 @@ SHOWN_ELSEWHERE = {
         "test_resuming_gives_the_run_that_was_never_stopped",
     ),
     "train.keep_checkpoint_max": (
-        "training/test_loop.py",
-        "test_the_best_validation_is_kept_and_is_one_of_the_average",
+        "training/test_checkpoint.py",
+        "test_only_the_newest_checkpoints_are_kept",
     ),
     "train.keep_best": (
         "training/test_loop.py",
         "test_the_best_validation_is_kept_and_is_one_of_the_average",
     ),
-    "train.use_tensorboard": ("test_commands.py", "test_train_writes_the_closing_table"),
+    "train.use_tensorboard": (
+        "training/test_metric_log.py",
+        "test_tensorboard_events_are_written_if_asked_for",
+    ),
     "train_metrics": (
         "training/test_loop.py",
         "test_train_metrics_are_smoothed_over_windows_of_steps",
+    ),
+    "eval.every_num_steps": ("test_commands.py", "test_train_writes_the_closing_table"),
+    "eval.baselines": ("test_commands.py", "test_train_writes_the_closing_table"),
+    "eval.use_dense_ema": (
+        "training/test_loop.py",
+        "test_the_best_validation_is_kept_and_is_one_of_the_average",
+    ),
+    "eval.oracle": ("training/test_list_run.py", "test_the_oracle_is_of_the_sample_only"),
+    "eval.num_bootstrap": (
+        "metrics/test_ranking.py",
+        "test_bootstrap_interval_is_seeded_and_has_the_width_of_the_standard_error",
     ),
     "eval": ("training/test_evaluation.py", "test_eval_set_equals_a_loop_over_windows"),
     "mesh": ("training/test_step.py", "test_two_devices_train_like_one"),
