@@ -4,7 +4,6 @@ Called by `schema.Config`; the classes themselves check single fields (`feature_
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 from hstu_jax.config.checks import require
@@ -236,18 +235,18 @@ def _check_list_columns(config: Any) -> None:
         groups.get("uih_timestamp", ()),
         "must name the history's times, which data.source='list_columns' always reads",
     )
-    # Both read files of an event store: users.parquet, windows.arrow.
-    for name, is_set in {
-        "negative_sampler.kind": config.data.negative_sampler.kind != "NegativeSampler",
-        "sample_weight_fields": bool(config.data.sample_weight_fields),
+    for field, names in {
+        "negative_sampler.user_id_field": (config.data.negative_sampler.user_id_field,),
+        "sample_weight_fields": config.data.sample_weight_fields,
     }.items():
-        require(
-            not is_set,
-            f"data.{name}",
-            functools.reduce(getattr, name.split("."), config.data),
-            "needs the users and windows of an event store, not data.source='list_columns'",
-            "leave it unset, or prepare an event store",
-        )
+        for name in names:
+            require(
+                not sequence_name(name),
+                f"data.{field}",
+                name,
+                "is a column of a sequence, and a row has one value of it",
+                "name a column of the row itself",
+            )
     item = groups["candidate"][0]
     require(
         item in config.features and bool(sequence_name(item)),

@@ -36,8 +36,9 @@ class NegativeSamplerConfig:
 
     Weights of `NegativeSampler` come from the item table file `input_path` where it is set (its ids
     are item indices, as preparation writes them), those of `HardNegativeSampler` from
-    `item_input_path` (its ids are the original ones); else they are the item's number of training
-    events to the power `weight_exponent` (0 = uniform over the items that have at least one).
+    `item_input_path` (its ids are the original ones, or of list columns those of the rows); else
+    they are the item's number of training events to the power `weight_exponent` (0 = uniform over
+    the items that have at least one).
 
     `HardNegativeSampler` also gives every user up to `num_hard_sample` items of the hard-edge
     table, in evaluation too. Its files are text: a header of `name:type` columns, one entry a line.
@@ -56,7 +57,8 @@ class NegativeSamplerConfig:
     hard_sample_strategy: HardSampleStrategy = "full"  # the first in the file, or a random choice
     # Leave out what is a positive of the same window; False = the reference's way.
     exclude_positives: bool = True
-    user_id_field: str = "user_id"  # integer column of users.parquet that user ids are values of
+    # Column of users.parquet, or of the rows of list columns, that user ids are values of.
+    user_id_field: str = "user_id"
     item_id_field: str = ""  # the candidate feature that item ids are values of; with attr_fields
     attr_fields: tuple[str, ...] = ()  # what `attrs` holds, in order; () = it is not looked at
     attr_delimiter: str = ":"
@@ -123,7 +125,10 @@ class NegativeSamplerConfig:
             "set it, or use kind='NegativeSampler'",
         )
         require(
-            bool(self.user_id_field), "user_id_field", "", "must name a column of users.parquet"
+            bool(self.user_id_field),
+            "user_id_field",
+            "",
+            "must name a column of users.parquet or of the rows",
         )
         require(
             len(self.field_delimiter) == 1 and self.field_delimiter not in "\r\n",

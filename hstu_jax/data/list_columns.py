@@ -54,6 +54,15 @@ def open_list_columns(config: config_schema.Config) -> EventStore:
         if pattern
     }
     in_rows = list_files.column_names(split_files["train"][0])
+    for field, name in (
+        ("data.negative_sampler.user_id_field", layout.hard_user),
+        ("data.sample_weight_fields", layout.sample_weight),
+    ):
+        if name and name not in in_rows:
+            raise ValueError(
+                f"{field}={name!r}: no such column in {split_files['train'][0]}, which has "
+                f"{sorted(in_rows)}; name one of them."
+            )
     side = {name: kind for name, kind in layout.history_side.items() if name in in_rows}
     of_items = {name: list_layout.bare_name(name) for name in layout.history_side if name not in in_rows}
     if of_items and not paths.item_input_path:

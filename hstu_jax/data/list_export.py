@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hstu_jax.data import item_file, raw_columns, schema
+from hstu_jax.data import item_file, raw_columns, sample_weights, schema
 from hstu_jax.data.event_store import EventStore
 
 _ROWS = 2048  # rows of a row group
@@ -105,6 +105,7 @@ def _columns(
 ) -> Mapping[str, pa.Array]:
     rows, events = store.windows, store.events
     user = rows.user_index[windows]
+    own = sample_weights.further_window_columns(store).take(pa.array(windows))
     end = rows.history_end[windows]
     history_len = end - rows.history_start[windows]
     if options.max_history:
@@ -135,10 +136,17 @@ def _columns(
         name: _to_arrow(column, name).take(pa.array(user))
         for name, column in store.features.user.items()
     }
+    clashes = sorted({*own.column_names} & {*users, *further, "user_id", "request_time"})
+    if clashes:
+        raise ValueError(
+            f"column {clashes[0]}: stands in both {schema.WINDOWS_FILE} and {schema.USERS_FILE} of "
+            f"{store.path}, and a row has one of a name; rename one of them."
+        )
     return {
         "user_id": pa.array(user.astype(np.int64)),
         **{name: pa.array(column[user].astype(np.int64)) for name, column in users.items()},
         **further,
+        **{name: own[name].combine_chunks() for name in own.column_names},
         **sequence("uih_seq", history, history_len),
         "uih_seq__action_timestamp": time,
         **sequence("cand_seq", candidate, candidate_len),

@@ -10,6 +10,8 @@ import io
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from hstu_jax.data import refusal
+
 _HEADER = ("id:int64", "weight:float", "attrs:string")
 
 
@@ -99,8 +101,11 @@ def _read_lines(
 
 
 def _refuse(bad: np.ndarray, ids: np.ndarray, path: str, rule: str) -> None:
-    if bad.any():
-        at = int(np.argmax(bad))
-        raise ValueError(
-            f"{path} entry {at + 1}: id={ids[at]}: {rule} ({int(bad.sum())} such lines in all)."
-        )
+    refusal.refuse(
+        bad,
+        ids,
+        place=lambda at: f"{path} entry {at + 1}",
+        column="id",
+        rule=rule,
+        unit="such lines",
+    )

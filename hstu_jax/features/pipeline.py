@@ -194,7 +194,7 @@ class Pipeline:
         chosen = self._windows.windows
         positive_row, positive_item = packing.positives_of(self._store, chosen)
         return sampler.summary(
-            self._store.windows.user_index[chosen].astype(np.int64),
+            chosen,
             positive_row=positive_row,
             positive_item=positive_item,
         )

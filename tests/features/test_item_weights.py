@@ -58,7 +58,7 @@ def test_items_of_list_columns_are_named_by_their_own_ids():
         _read(HEADER, num_items=3, item_key=words)
     with pytest.raises(ValueError, match="a line is not `id<TAB>weight<TAB>attrs`"):
         _read(text + "a\n", num_items=3, item_key=words)
-    with pytest.raises(ValueError, match="entry 2: id=a: on an earlier line already"):
+    with pytest.raises(ValueError, match="entry 2: id='a': on an earlier line already"):
         _read(text + "a\t1\t\na\t2\t\n", num_items=3, item_key=words)
 
 
