@@ -225,13 +225,19 @@ REFUSED = {
                 "data/negative_sampler/user_id_field": "uih_seq__user",
             }
         ),
-        "data.negative_sampler.user_id_field='uih_seq__user': is a column of a sequence, and a row "
-        "has one value of it; name a column of the row itself",
+        "data.negative_sampler.user_id_field='uih_seq__user': is a column of the sequence "
+        "'uih_seq', not of the row; name a column of the row itself",
     ),
     "a weight of a sequence": (
         set_lists(**{"data/sample_weight_fields": ("cand_seq__action_weight",)}),
-        "data.sample_weight_fields='cand_seq__action_weight': is a column of a sequence, and a row "
-        "has one value of it; name a column of the row itself",
+        "data.sample_weight_fields='cand_seq__action_weight': is a column of the sequence 'cand_s",
+    ),
+    "a feature of the row from a sequence": (
+        both(
+            set_lists(),
+            set_field("features/user_id/expression", "user:uih_seq__video_id"),
+        ),
+        "feature_groups.contextual='uih_seq__video_id': is a column of the sequence 'uih_seq', not",
     ),
     "two names": (
         set_field("raw_features", {"user_id": {}}),
