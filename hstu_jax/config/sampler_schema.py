@@ -24,7 +24,6 @@ _HARD_ONLY = (
     "user_id_field",
     "attr_fields",
     "attr_delimiter",
-    "field_delimiter",
     "max_unknown_share",
 )
 PATHS = ("input_path", "user_input_path", "item_input_path", "hard_neg_edge_input_path")
@@ -49,6 +48,7 @@ class NegativeSamplerConfig:
     num_eval_sample: int = 0  # 0 = num_sample
     input_path: str = ""
     weight_exponent: float = 0.0
+    field_delimiter: str = "\t"  # between the columns of the files' lines
     # HardNegativeSampler only, from here.
     user_input_path: str = ""  # id, weight: users that may have hard negatives; "" = all
     item_input_path: str = ""  # id, weight, attrs: items that may be negatives; "" = all
@@ -62,7 +62,6 @@ class NegativeSamplerConfig:
     item_id_field: str = ""  # the candidate feature that item ids are values of; with attr_fields
     attr_fields: tuple[str, ...] = ()  # what `attrs` holds, in order; () = it is not looked at
     attr_delimiter: str = ":"
-    field_delimiter: str = "\t"
     max_unknown_share: float = 0.01  # of a file's lines that name a user or item not in the store
 
     def __post_init__(self):
@@ -85,6 +84,19 @@ class NegativeSamplerConfig:
             if self.input_path
             else f"is not read: the weights come from item_input_path={self.item_input_path!r}",
             "leave one of the two unset",
+        )
+        require(
+            len(self.field_delimiter) == 1 and self.field_delimiter not in "\r\n",
+            "field_delimiter",
+            self.field_delimiter,
+            "must be one character and no line break",
+        )
+        require(
+            self.field_delimiter == "\t" or self.kind != "NegativeSampler" or bool(self.input_path),
+            "field_delimiter",
+            self.field_delimiter,
+            "is not read: there is no file, since input_path=''",
+            "leave it a tab, or give the item table",
         )
         if self.kind == "NegativeSampler":
             self._check_that_hard_fields_are_unset()
@@ -129,12 +141,6 @@ class NegativeSamplerConfig:
             "user_id_field",
             "",
             "must name a column of users.parquet or of the rows",
-        )
-        require(
-            len(self.field_delimiter) == 1 and self.field_delimiter not in "\r\n",
-            "field_delimiter",
-            self.field_delimiter,
-            "must be one character and no line break",
         )
         require(
             0 <= self.max_unknown_share <= 1,

@@ -72,11 +72,11 @@ def read_item_table(
     """
     path = _existing(config, "item_input_path")
     known_items = _item_ids(store)
-    table = _read(config, path, sampler_files.ITEM_COLUMNS, id=known_items)
+    table = read_table(
+        path, sampler_files.ITEM_COLUMNS, delimiter=config.field_delimiter, id=known_items
+    )
     ids = table["id"]
-    is_repeat = np.ones(len(ids), dtype=bool)
-    is_repeat[np.unique(ids, return_index=True)[1]] = False
-    _refuse(is_repeat, ids, path, "id", "on an earlier line already")
+    _refuse(is_repeat(ids), ids, path, "id", "on an earlier line already")
     if config.attr_fields:
         _check_attributes(table["attrs"], ids, config, path)
     index = index_of(ids, known_items)
@@ -114,11 +114,20 @@ def read_hard_edges(
     known_users, list_of_entry = _user_ids(config, store)
     known_items = _item_ids(store)
     path = _existing(config, "hard_neg_edge_input_path")
-    table = _read(config, path, sampler_files.EDGE_COLUMNS, userid=known_users, itemid=known_items)
+    delimiter = config.field_delimiter
+    table = read_table(
+        path,
+        sampler_files.EDGE_COLUMNS,
+        delimiter=delimiter,
+        userid=known_users,
+        itemid=known_items,
+    )
     allowed = known_users
     if config.user_input_path:
         user_path = _existing(config, "user_input_path")
-        listed = _read(config, user_path, sampler_files.USER_COLUMNS, id=known_users)["id"]
+        listed = read_table(
+            user_path, sampler_files.USER_COLUMNS, delimiter=delimiter, id=known_users
+        )["id"]
         is_unknown = ~np.isin(listed, allowed)
         _check_unknown(config, is_unknown, listed, user_path, _no_user(config, store))
         allowed = np.intersect1d(allowed, listed)
@@ -167,16 +176,34 @@ def index_of(ids: Shaped[np.ndarray, "n"], known: Shaped[np.ndarray, "N"]) -> In
     return np.where(known[found] == ids, found, -1)
 
 
-def _read(
-    config: sampler_schema.NegativeSamplerConfig,
+def is_repeat(ids: Shaped[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Which ids stand at an earlier place too."""
+    repeats = np.ones(len(ids), dtype=bool)
+    repeats[np.unique(ids, return_index=True)[1]] = False
+    return repeats
+
+
+def read_table(
     path: pathlib.Path,
     columns: Sequence[tuple[str, str]],
+    *,
+    delimiter: str,
     **known: Shaped[np.ndarray, "_"],
 ) -> dict[str, Shaped[np.ndarray, "_"]]:
-    """The columns of a file; those of ids are strings where the known ids are."""
+    """The columns of a sampler's file; those of ids are strings where the data's ids are.
+
+    Args:
+        path: the file.
+        columns: as for `sampler_files.read_columns`.
+        delimiter: between columns.
+        **known: column of ids -> the ids that the data has.
+
+    Raises:
+        ValueError: another header, or a broken line.
+    """
     texts = [name for name, ids in known.items() if ids.dtype.kind == "U"]
     typed = [(name, "string" if name in texts else kind) for name, kind in columns]
-    table = sampler_files.read_columns(path, typed, delimiter=config.field_delimiter)
+    table = sampler_files.read_columns(path, typed, delimiter=delimiter)
     return table | {name: table[name].astype(np.str_) for name in texts}
 
 

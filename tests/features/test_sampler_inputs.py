@@ -59,6 +59,14 @@ def test_original_ids_become_lists_of_item_indices_in_file_order(store, config):
     assert (edges.num_lines, edges.num_dropped) == (5, 0)
 
 
+def test_columns_may_be_separated_otherwise(store, config):
+    edges = [line.replace("\t", ",") for line in EDGES]
+    header = "u:int64,i:int64,w:float"
+    section = config(edges=edges, edges_header=header, field_delimiter=",")
+    edges = sampler_inputs.read_hard_edges(section, store, is_listed_item=None)
+    assert _lists(edges) == [[4, 2], [], [3, 0, 3], []]
+
+
 def test_unknown_ids_are_dropped_up_to_the_share_and_refused_above(store, config):
     lines = [*EDGES, "5\t7\t1", "1000\t3\t1"]
     section = config(edges=lines, max_unknown_share=0.2)
