@@ -144,28 +144,39 @@ def read_hard_edges(
     _check_unknown(config, no_item, table["itemid"], path, rule, column="itemid")
 
     is_known = ~no_user & ~no_item
-    keys = table["userid"][is_known]
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    # One more list, an empty one, in the last place: -1, a user without an id, finds it.
-    start = np.append(np.searchsorted(keys, known_users, side="left"), len(keys))
-    stop = np.append(np.searchsorted(keys, known_users, side="right"), len(keys))
-    list_of_window = number = store.windows.user_index
-    if store.features.window is None:  # a list for every user, since entries are users
-        start, stop = start[list_of_entry], stop[list_of_entry]
-    else:
-        list_of_window = np.where(list_of_entry < 0, len(known_users), list_of_entry)
-        ids = store.users["user_id"]
-        number = (id_mapping.hash_words(ids) if ids.dtype.kind == "U" else ids)[number]
+    order = np.argsort(table["userid"][is_known], kind="stable")
+    lists = _lists_of(table["userid"][is_known][order], known_users, list_of_entry, store)
     return HardEdges(
-        start=start,
-        count=stop - start,
-        list_of_window=list_of_window,
-        number_of_window=number,
+        **lists,
         item_index=index[is_known][order].astype(np.int32),
         num_lines=len(is_known),
         num_dropped=int(np.count_nonzero(~is_known)),
     )
+
+
+def _lists_of(
+    keys: Shaped[np.ndarray, "edges"],
+    known: Shaped[np.ndarray, "ids"],
+    list_of_entry: Int[np.ndarray, "entries"],
+    store: event_store.EventStore,
+) -> dict[str, Integer[np.ndarray, "_"]]:
+    """Where the lists of ascending user ids are, and which list and number each window has."""
+    # One more list, an empty one, in the last place: -1, a user without an id, finds it.
+    start = np.append(np.searchsorted(keys, known, side="left"), len(keys))
+    stop = np.append(np.searchsorted(keys, known, side="right"), len(keys))
+    list_of_window = number = store.windows.user_index
+    if store.features.window is None:  # a list for every user, since entries are users
+        start, stop = start[list_of_entry], stop[list_of_entry]
+    else:
+        list_of_window = np.where(list_of_entry < 0, len(known), list_of_entry)
+        ids = store.users["user_id"]
+        number = (id_mapping.hash_words(ids) if ids.dtype.kind == "U" else ids)[number]
+    return {
+        "start": start,
+        "count": stop - start,
+        "list_of_window": list_of_window,
+        "number_of_window": number,
+    }
 
 
 def index_of(ids: Shaped[np.ndarray, "n"], known: Shaped[np.ndarray, "N"]) -> Int[np.ndarray, "n"]:
