@@ -90,6 +90,8 @@ def _add_hard_negatives(commands) -> None:
     command.add_argument("--out_dir", help=f"folder to make; default STORE/{hard_edges.FOLDER}")
     command.add_argument("--kind", choices=hard_edges.EDGE_KINDS, default=defaults.kind)
     command.add_argument("--max_per_user", type=int, default=defaults.max_per_user)
+    ids_help = "index: for list columns made from the store"
+    command.add_argument("--ids", choices=hard_edges.ID_KINDS, default=defaults.ids, help=ids_help)
     command.add_argument("--item_weight_exponent", type=float, default=0.0)
     command.add_argument("--overwrite", action="store_true", help="replace files there")
 
@@ -100,6 +102,7 @@ def _hard_negatives(flags: argparse.Namespace) -> None:
         kind=flags.kind,
         max_per_user=flags.max_per_user,
         item_weight_exponent=flags.item_weight_exponent,
+        ids=flags.ids,
     )
     store = event_store.open_store(flags.store)
     files = hard_edges.write_hard_edges(

@@ -37,8 +37,8 @@ class DataConfig:
     # Takes one kind of input away, to measure what it is worth (`hstu_jax/features/ablation.py`).
     ablation: Ablation = "none"
     negative_sampler: NegativeSamplerConfig = NegativeSamplerConfig()
-    # At most one column of windows.arrow or users.parquet: weight of the losses of a window's
-    # queries. Metrics stay unweighted.
+    # At most one column of windows.arrow or users.parquet, or of the rows of list columns: weight
+    # of the losses of a window's queries. Metrics stay unweighted.
     sample_weight_fields: tuple[str, ...] = ()
 
     def __post_init__(self):

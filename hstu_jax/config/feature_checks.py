@@ -4,7 +4,6 @@ Called by `schema.Config`; the classes themselves check single fields (`feature_
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 from hstu_jax.config.checks import require
@@ -236,18 +235,6 @@ def _check_list_columns(config: Any) -> None:
         groups.get("uih_timestamp", ()),
         "must name the history's times, which data.source='list_columns' always reads",
     )
-    # Both read files of an event store: users.parquet, windows.arrow.
-    for name, is_set in {
-        "negative_sampler.kind": config.data.negative_sampler.kind != "NegativeSampler",
-        "sample_weight_fields": bool(config.data.sample_weight_fields),
-    }.items():
-        require(
-            not is_set,
-            f"data.{name}",
-            functools.reduce(getattr, name.split("."), config.data),
-            "needs the users and windows of an event store, not data.source='list_columns'",
-            "leave it unset, or prepare an event store",
-        )
     item = groups["candidate"][0]
     require(
         item in config.features and bool(sequence_name(item)),
@@ -267,10 +254,34 @@ def _check_list_columns(config: Any) -> None:
                 f"which is not the candidates' {sequence_name(item)!r}",
                 "such as uih_seq__video_id and uih_seq__action_timestamp",
             )
+    _check_row_columns(config, sequences=(sequence, sequence_name(item)))
     for name in config.data.label_fields:
         require(
             sequence_name(name) == sequence_name(item),
             "data.label_fields",
             config.data.label_fields,
             f"{name!r} must be a column of the candidates' sequence {sequence_name(item)!r}",
+        )
+
+
+def _check_row_columns(config: Any, *, sequences: tuple[str, ...]) -> None:
+    """What belongs to a row must not be read from the columns of its sequences."""
+    groups = ("contextual", "query_time")
+    columns = [
+        ("data.list_columns.user_id_field", config.data.list_columns.user_id_field),
+        ("data.negative_sampler.user_id_field", config.data.negative_sampler.user_id_field),
+        *(("data.sample_weight_fields", name) for name in config.data.sample_weight_fields),
+        *(
+            (f"feature_groups.{group}", config.column(name))
+            for group in groups
+            for name in config.feature_groups.get(group, ())
+        ),
+    ]
+    for field, column in columns:
+        require(
+            not column or sequence_name(column) not in sequences,
+            field,
+            column,
+            f"is a column of the sequence {sequence_name(column)!r}, not of the row",
+            "name a column of the row itself",
         )

@@ -24,7 +24,6 @@ _HARD_ONLY = (
     "user_id_field",
     "attr_fields",
     "attr_delimiter",
-    "field_delimiter",
     "max_unknown_share",
 )
 PATHS = ("input_path", "user_input_path", "item_input_path", "hard_neg_edge_input_path")
@@ -36,8 +35,9 @@ class NegativeSamplerConfig:
 
     Weights of `NegativeSampler` come from the item table file `input_path` where it is set (its ids
     are item indices, as preparation writes them), those of `HardNegativeSampler` from
-    `item_input_path` (its ids are the original ones); else they are the item's number of training
-    events to the power `weight_exponent` (0 = uniform over the items that have at least one).
+    `item_input_path` (its ids are the original ones, or of list columns those of the rows); else
+    they are the item's number of training events to the power `weight_exponent` (0 = uniform over
+    the items that have at least one).
 
     `HardNegativeSampler` also gives every user up to `num_hard_sample` items of the hard-edge
     table, in evaluation too. Its files are text: a header of `name:type` columns, one entry a line.
@@ -48,6 +48,7 @@ class NegativeSamplerConfig:
     num_eval_sample: int = 0  # 0 = num_sample
     input_path: str = ""
     weight_exponent: float = 0.0
+    field_delimiter: str = "\t"  # between the columns of the files' lines
     # HardNegativeSampler only, from here.
     user_input_path: str = ""  # id, weight: users that may have hard negatives; "" = all
     item_input_path: str = ""  # id, weight, attrs: items that may be negatives; "" = all
@@ -56,11 +57,11 @@ class NegativeSamplerConfig:
     hard_sample_strategy: HardSampleStrategy = "full"  # the first in the file, or a random choice
     # Leave out what is a positive of the same window; False = the reference's way.
     exclude_positives: bool = True
-    user_id_field: str = "user_id"  # integer column of users.parquet that user ids are values of
+    # Column of users.parquet, or of the rows of list columns, that user ids are values of.
+    user_id_field: str = "user_id"
     item_id_field: str = ""  # the candidate feature that item ids are values of; with attr_fields
     attr_fields: tuple[str, ...] = ()  # what `attrs` holds, in order; () = it is not looked at
     attr_delimiter: str = ":"
-    field_delimiter: str = "\t"
     max_unknown_share: float = 0.01  # of a file's lines that name a user or item not in the store
 
     def __post_init__(self):
@@ -83,6 +84,19 @@ class NegativeSamplerConfig:
             if self.input_path
             else f"is not read: the weights come from item_input_path={self.item_input_path!r}",
             "leave one of the two unset",
+        )
+        require(
+            len(self.field_delimiter) == 1 and self.field_delimiter not in "\r\n",
+            "field_delimiter",
+            self.field_delimiter,
+            "must be one character and no line break",
+        )
+        require(
+            self.field_delimiter == "\t" or self.kind != "NegativeSampler" or bool(self.input_path),
+            "field_delimiter",
+            self.field_delimiter,
+            "is not read: there is no file, since input_path=''",
+            "leave it a tab, or give the item table",
         )
         if self.kind == "NegativeSampler":
             self._check_that_hard_fields_are_unset()
@@ -123,13 +137,10 @@ class NegativeSamplerConfig:
             "set it, or use kind='NegativeSampler'",
         )
         require(
-            bool(self.user_id_field), "user_id_field", "", "must name a column of users.parquet"
-        )
-        require(
-            len(self.field_delimiter) == 1 and self.field_delimiter not in "\r\n",
-            "field_delimiter",
-            self.field_delimiter,
-            "must be one character and no line break",
+            bool(self.user_id_field),
+            "user_id_field",
+            "",
+            "must name a column of users.parquet or of the rows",
         )
         require(
             0 <= self.max_unknown_share <= 1,

@@ -107,8 +107,8 @@ def _features(parent: str) -> tuple[SeedField, ...]:
         *refused(
             id_feature,
             {
-                "vocab_dict": "words have ids in the order of vocab_list; for ids of your own "
-                "write them into the data and use num_buckets",
+                "vocab_dict": "vocab_list gives its words the ids 2, 3, ... in order, so list them "
+                "by id; for other ids write these into the data and use num_buckets",
                 "weighted": "weighted pooling is not built; use pooling",
                 "trainable": "every table is trained; leave it out",
                 "data_type": "tables are float32; leave it out",
@@ -181,7 +181,11 @@ _SAMPLERS = (
             "hard_negative_sampler": ("kind", "the value 'HardNegativeSampler'"),
         },
     ),
-    *same("data_config.negative_sampler", _SAMPLER, "input_path num_sample num_eval_sample"),
+    *same(
+        "data_config.negative_sampler",
+        _SAMPLER,
+        "input_path num_sample num_eval_sample field_delimiter",
+    ),
     *refused(
         "data_config.negative_sampler",
         {
@@ -190,7 +194,6 @@ _SAMPLERS = (
             "item_id_field": "negatives are items of the group candidate already; leave it out",
             "attr_delimiter": "the table's attrs are not read; leave it out",
             "item_id_delim": "the table's attrs are not read; leave it out",
-            "field_delimiter": "the table is separated by tabs; leave it out",
         },
     ),
     *same("data_config.hard_negative_sampler", _SAMPLER, _HARD),

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from hstu_jax.data import event_store, sampler_files, schema
 
 EDGE_KINDS = ("hated", "not_clicked")
+ID_KINDS = ("original", "index")
 USERS_FILE, ITEMS_FILE, EDGES_FILE = "users.tsv", "items.tsv", "hard_edges.tsv"
 FOLDER = "hard_negatives"  # inside the event store, unless told otherwise
 
@@ -27,15 +28,19 @@ class HardEdgeOptions:
       max_per_user: at most this many edges of a user, the newest; 0 = all.
       item_weight_exponent: weight in the item table = train_count ** exponent; 0 for items without
         a training event.
+      ids: "original" (for training on the store) or "index": the dense indices that list columns
+        exported from the store have as ids.
     """
 
     kind: str = "hated"
     max_per_user: int = 0
     item_weight_exponent: float = 0.0
+    ids: str = "original"
 
     def __post_init__(self) -> None:
-        if self.kind not in EDGE_KINDS:
-            raise ValueError(f"kind={self.kind!r}: unknown; choose from {EDGE_KINDS}.")
+        for name, known in (("kind", EDGE_KINDS), ("ids", ID_KINDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: unknown; choose from {known}.")
         if self.max_per_user < 0:
             raise ValueError(f"max_per_user={self.max_per_user}: must not be negative.")
         if self.item_weight_exponent < 0:
@@ -78,7 +83,7 @@ def write_hard_edges(
     options: HardEdgeOptions | None = None,
     overwrite: bool = False,
 ) -> HardEdgeFiles:
-    """Writes users, items and hard edges with original ids, from training events only.
+    """Writes users, items and hard edges, from training events only.
 
     Nothing on or after the validation day is looked at, neither to find edges nor to leave some
     out. (Within training one table serves all windows, as in the reference: an edge may be newer than
@@ -113,6 +118,8 @@ def write_hard_edges(
         )
     folder.mkdir(parents=True, exist_ok=True)
     user_id, item_id = store.users["user_id"], store.items.item_id
+    if options.ids == "index":
+        user_id, item_id = np.arange(store.num_users), np.arange(store.num_items)
     train_count = store.items.train_count
     weight = np.where(
         train_count > 0, np.maximum(train_count, 1.0) ** options.item_weight_exponent, 0.0

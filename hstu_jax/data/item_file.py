@@ -121,17 +121,38 @@ def to_numpy(array: pa.Array) -> np.ndarray:
     return np.array(array.to_pylist(), dtype=np.str_)
 
 
+def check_id_type(column: pa.ChunkedArray, *, where: str) -> None:
+    """Checks that a column may hold ids.
+
+    Args:
+      column: ids of items or users.
+      where: file and column, for messages.
+
+    Raises:
+      TypeError: neither integers nor strings.
+      ValueError: an integer that needs 64 bits without a sign.
+    """
+    kind = column.type
+    if not len(column):  # the type of no values may be anything
+        return
+    if not (
+        pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    ):
+        raise TypeError(f"{where}: type {kind}: ids must be integers or strings.")
+    if pa.types.is_uint64(kind):
+        largest = pc.max(column).as_py() or 0
+        if largest > np.iinfo(np.int64).max:
+            raise ValueError(
+                f"{where}: the id {largest} is 2^63 or more; write such ids as strings."
+            )
+
+
 def _check_key(column: pa.ChunkedArray, where: str, path: str) -> pa.Array:
     if column.null_count:
         at = int(np.argmax(column.is_null().to_numpy()))
         raise ValueError(f"{where}: row {at} is null; every item needs an id.")
-    kind = column.type
-    if pa.types.is_integer(kind):
-        key = column.cast(pa.int64())
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        key = column.cast(pa.string())
-    else:
-        raise TypeError(f"{where}: type {kind}: ids must be integers or strings.")
+    check_id_type(column, where=where)
+    key = column.cast(pa.int64() if pa.types.is_integer(column.type) else pa.string())
     key = pa.concat_arrays(key.chunks) if key.num_chunks else pa.array([], key.type)
     first = pc.index_in(key, value_set=pc.unique(key)).to_numpy()
     if len(key) and int(first.max()) + 1 < len(key):

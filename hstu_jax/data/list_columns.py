@@ -54,6 +54,15 @@ def open_list_columns(config: config_schema.Config) -> EventStore:
         if pattern
     }
     in_rows = list_files.column_names(split_files["train"][0])
+    for field, name in (
+        ("data.negative_sampler.user_id_field", layout.hard_user),
+        ("data.sample_weight_fields", layout.sample_weight),
+    ):
+        if name and name not in in_rows:
+            raise ValueError(
+                f"{field}={name!r}: no such column in {split_files['train'][0]}, which has "
+                f"{sorted(in_rows)}; name one of them."
+            )
     side = {name: kind for name, kind in layout.history_side.items() if name in in_rows}
     of_items = {name: list_layout.bare_name(name) for name in layout.history_side if name not in in_rows}
     if of_items and not paths.item_input_path:
@@ -69,6 +78,8 @@ def open_list_columns(config: config_schema.Config) -> EventStore:
         )
         for split, files in split_files.items()
     }
+    for rows in splits.values():
+        _check_id_types(layout, rows)
     catalogue = _catalogue(layout, splits, paths.item_input_path, tuple(of_items.values()))
     return list_store.build(
         layout,
@@ -77,6 +88,17 @@ def open_list_columns(config: config_schema.Config) -> EventStore:
         history_of_items=of_items,
         path=pathlib.Path(paths.train_input_path),
     )
+
+
+def _check_id_types(layout: list_layout.ListLayout, rows: list_files.Rows) -> None:
+    ids = {
+        column: rows.sequences[sequence_name(column)].values[column]
+        for column in (layout.history_item, layout.candidate_item)
+    }
+    if layout.user_id:
+        ids[layout.user_id] = rows.scalars[layout.user_id]
+    for column, values in ids.items():
+        item_file.check_id_type(values, where=f"{rows.files[0]} column {column}")
 
 
 def _catalogue(

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hstu_jax.data import item_file, raw_columns, schema
+from hstu_jax.data import item_file, raw_columns, sample_weights, schema
 from hstu_jax.data.event_store import EventStore
 
 _ROWS = 2048  # rows of a row group
@@ -65,7 +65,7 @@ def export(store: EventStore, out_dir: str | pathlib.Path, *, options: ExportOpt
         item_file.ORIGINAL_ID: store.items.item_id,
         item_file.TRAIN_COUNT: store.items.train_count,
     }
-    features = {name: _to_arrow(column, name) for name, column in store.features.item.items()}
+    features = {name: _to_arrow(column) for name, column in store.features.item.items()}
     pq.write_table(pa.table({**items, **features}), folder / ITEMS_FILE)
     flags = [
         "data.source=list_columns",
@@ -79,13 +79,13 @@ def export(store: EventStore, out_dir: str | pathlib.Path, *, options: ExportOpt
     return [f"--config.{flag}" for flag in flags]
 
 
-def _to_arrow(column: raw_columns.RawColumn, name: str) -> pa.Array:
-    if column.offsets is not None:
-        raise ValueError(f"column {name}: several values a user or item cannot be written.")
+def _to_arrow(column: raw_columns.RawColumn) -> pa.Array:
     values = pa.array(column.values)
-    if column.codes is None:
+    if column.codes is not None:
+        values = values.take(pa.array(column.codes, mask=column.codes < 0))
+    if column.offsets is None:
         return values
-    return values.take(pa.array(column.codes, mask=column.codes < 0))
+    return pa.LargeListArray.from_arrays(pa.array(column.offsets), values)
 
 
 def _write_rows(
@@ -105,6 +105,7 @@ def _columns(
 ) -> Mapping[str, pa.Array]:
     rows, events = store.windows, store.events
     user = rows.user_index[windows]
+    own = sample_weights.further_window_columns(store).take(pa.array(windows))
     end = rows.history_end[windows]
     history_len = end - rows.history_start[windows]
     if options.max_history:
@@ -132,13 +133,20 @@ def _columns(
     time = lists(np.asarray(events.timestamp_s[history]), history_len)
     users = {name: column for name, column in store.users.items() if name != "user_id"}
     further = {
-        name: _to_arrow(column, name).take(pa.array(user))
+        name: _to_arrow(column).take(pa.array(user))
         for name, column in store.features.user.items()
     }
+    clashes = sorted({*own.column_names} & {*users, *further, "user_id", "request_time"})
+    if clashes:
+        raise ValueError(
+            f"column {clashes[0]}: stands in both {schema.WINDOWS_FILE} and {schema.USERS_FILE} of "
+            f"{store.path}, and a row has one of a name; rename one of them."
+        )
     return {
         "user_id": pa.array(user.astype(np.int64)),
         **{name: pa.array(column[user].astype(np.int64)) for name, column in users.items()},
         **further,
+        **{name: own[name].combine_chunks() for name in own.column_names},
         **sequence("uih_seq", history, history_len),
         "uih_seq__action_timestamp": time,
         **sequence("cand_seq", candidate, candidate_len),

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int, Shaped
 
 from hstu_jax.config.feature_schema import SequenceConfig
-from hstu_jax.data import raw_columns
+from hstu_jax.data import raw_columns, refusal
 
 _BATCH_ROWS = 4096  # rows in memory twice while they are converted
 
@@ -98,12 +98,11 @@ class Rows:
         Raises:
           ValueError: any is True.
         """
-        if bad.any():
-            at = int(np.argmax(bad))
-            row = at if lengths is None else _row_of(at, lengths)
-            raise ValueError(
-                f"{self.where(row)}: {column}={values[at]}: {rule} ({int(bad.sum())} in all)."
-            )
+
+        def place(at: int) -> str:
+            return self.where(at if lengths is None else _row_of(at, lengths))
+
+        refusal.refuse(bad, values, place=place, column=column, rule=rule)
 
 
 def expand_paths(pattern: str, *, field: str) -> tuple[str, ...]:

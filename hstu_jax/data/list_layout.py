@@ -28,7 +28,9 @@ class ListLayout:
       request_time: time of a row, or None (then the newest time of its history).
       labels: columns of the candidates.
       history_side: other columns of the history's features -> type of delimited values.
-      contextual: columns of the row's own features.
+      contextual: columns of the row's own features, `hard_user` and `sample_weight`.
+      hard_user: ids that the hard-edge table knows users by, or "" without one.
+      sample_weight: weights of rows, or "".
       item_features: bare names of the candidates' features in the item file.
       item_type: type of delimited item ids.
       user_id: column of user ids, or "".
@@ -44,6 +46,8 @@ class ListLayout:
     labels: tuple[str, ...]
     history_side: Mapping[str, pa.DataType]
     contextual: tuple[str, ...]
+    hard_user: str
+    sample_weight: str
     item_features: tuple[str, ...]
     item_type: pa.DataType
     user_id: str
@@ -90,7 +94,11 @@ def layout_of(config: config_schema.Config) -> ListLayout:
         for name in groups["uih"]
         if config.column(name) != history_item
     }
-    contextual = dict.fromkeys(config.column(name) for name in groups.get("contextual", ()))
+    sampler, weights = config.data.negative_sampler, config.data.sample_weight_fields
+    hard_user = sampler.user_id_field if sampler.kind == "HardNegativeSampler" else ""
+    sample_weight = weights[0] if weights else ""
+    contextual = [config.column(name) for name in groups.get("contextual", ())]
+    contextual += [name for name in (hard_user, sample_weight) if name]
     return ListLayout(
         history_item=history_item,
         candidate_item=candidate_item,
@@ -100,7 +108,9 @@ def layout_of(config: config_schema.Config) -> ListLayout:
         request_time=single("query_time"),
         labels=config.data.label_fields,
         history_side=history_side,
-        contextual=tuple(contextual),
+        contextual=tuple(dict.fromkeys(contextual)),
+        hard_user=hard_user,
+        sample_weight=sample_weight,
         item_features=tuple(
             dict.fromkeys(bare_name(config.column(name)) for name in groups["candidate"][1:])
         ),

@@ -15,7 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hstu_jax.config.feature_checks import sequence_name
-from hstu_jax.data import item_file, list_files, raw_columns, schema, store_files, windowing
+from hstu_jax.data import (
+    item_file,
+    list_files,
+    raw_columns,
+    sample_weights,
+    schema,
+    store_files,
+    windowing,
+)
 from hstu_jax.data.event_store import EventStore
 from hstu_jax.data.list_layout import ListLayout
 from hstu_jax.data.records import Events, ItemTable, Windows
@@ -119,6 +127,8 @@ def _check_split(
     candidate = rows.sequences[sequence_name(layout.candidate_item)]
     if layout.user_id:
         _refuse_null(layout.user_id, rows, "; or set data.list_columns.user_id_field=''")
+    if layout.sample_weight:
+        _check_weights(layout.sample_weight, rows)
     time = history.values[layout.timestamp].to_numpy()
     request = _request_times(layout, rows, history, time)
     _check_times(layout, rows, history, time, request)
@@ -190,6 +200,17 @@ def _refuse_null(column: str, rows: list_files.Rows, advice: str = "") -> None:
         raise ValueError(f"{rows.where(at)}: {column} is null; every row needs one{advice}.")
 
 
+def _check_weights(column: str, rows: list_files.Rows) -> None:
+    weights = rows.scalars[column]
+    if not sample_weights.is_number(weights.type):
+        raise TypeError(
+            f"{rows.files[0]} column {column}: {weights.type} found; a weight is one number a row."
+        )
+    _refuse_null(column, rows)
+    values = weights.to_numpy().astype(np.float32)
+    rows.refuse(sample_weights.is_wrong(values), values, column, sample_weights.RULE)
+
+
 def _check_times(
     layout: ListLayout,
     rows: list_files.Rows,
@@ -225,8 +246,7 @@ def _items(
     ids = sequence.values[column]
     if pa.types.is_string(ids.type):
         is_empty = pc.equal(ids, "").to_numpy()
-        shown = np.full(len(ids), "''")
-        rows.refuse(is_empty, shown, column, "an empty id", lengths=sequence.lengths)
+        rows.refuse(is_empty, np.full(len(ids), ""), column, "an empty id", lengths=sequence.lengths)
     index = catalogue.index_of(ids)
     if len(index) and index.min() < 0:
         shown = item_file.to_numpy(ids.combine_chunks())

@@ -40,8 +40,8 @@ def read_columns(
       ValueError: another header, or a line with another number of columns or a value that is not of
         its column's type (line number, value, how many such lines).
 
-    Source: the sampler inputs of TorchEasyRec 1.3.16. Ids that are strings (hashed there under
-    USE_HASH_NODE_ID=1) are refused: the ids of an event store are integers.
+    Source: the sampler inputs of TorchEasyRec 1.3.16. Ids may be strings, which are matched as they
+    are (there they are hashed under USE_HASH_NODE_ID=1); the caller says so by the type.
     """
     path = pathlib.Path(path)
     with path.open(encoding="utf-8", newline="\n") as file:

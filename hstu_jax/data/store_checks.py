@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Shaped
 
-from hstu_jax.data import schema
+from hstu_jax.data import refusal, schema
 from hstu_jax.data.records import Events, ItemTable, Windows
 
 # Events are checked in blocks, so that a file larger than memory can be opened.
@@ -163,12 +163,14 @@ def _refuse(
     rule: str,
 ) -> None:
     """Raises on the first True of `bad`; `first` is the row number of its first entry."""
-    if bad.any():
-        at = int(np.argmax(bad))
-        raise ValueError(
-            f"{file} row {first + at}: {column}={values[at]}: {rule} "
-            f"({int(bad.sum())} rows in all)."
-        )
+    refusal.refuse(
+        bad,
+        values,
+        place=lambda at: f"{file} row {first + at}",
+        column=column,
+        rule=rule,
+        unit="rows",
+    )
 
 
 def _refuse_at(

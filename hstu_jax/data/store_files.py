@@ -27,9 +27,10 @@ def file_sha256(path: pathlib.Path) -> str:
 
 
 def read_arrow(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Columns of a one-batch Arrow file as views of its memory map.
+    """The format's columns of a one-batch Arrow file as views of its memory map.
 
-    A list column gives two entries: its own name (all values) and `positive_offsets`.
+    The list column gives two entries: its own name (all values) and `positive_offsets`. Further
+    columns, such as weights of windows, are read where they are used (`sample_weights.py`).
 
     Raises:
       ValueError, TypeError: not an Arrow file, wrong columns, several batches, missing values.
@@ -45,8 +46,11 @@ def read_arrow(path: pathlib.Path) -> dict[str, np.ndarray]:
             "prepare the data again."
         )
     batch = reader.get_batch(0)
+    known = {column.name for column in schema.COLUMNS_BY_FILE[path.name]}
     columns: dict[str, np.ndarray] = {}
     for field, values in zip(batch.schema, batch.columns, strict=True):
+        if field.name not in known:
+            continue
         if values.null_count:
             raise ValueError(
                 f"{path} column {field.name}: {values.null_count} missing values; none is allowed."

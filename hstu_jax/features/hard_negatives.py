@@ -66,33 +66,34 @@ class HardNegativeSampler:
 
     def draw(
         self,
-        user_index: Int[np.ndarray, "n"],
+        window: Int[np.ndarray, "n"],
         *,
         salt: Int[np.ndarray, "n"],
         positive_row: Int[np.ndarray, "p"],
         positive_item: Int[np.ndarray, "p"],
     ) -> DrawnHardNegatives:
-        """Hard negatives of users, each row a function of its own arguments alone.
+        """Hard negatives of windows' users, each row a function of its own arguments alone.
 
         Args:
-            user_index: the users; one may come twice.
+            window: the windows; one may come twice.
             salt: decides the random choice, together with the user.
-            positive_row: place in `user_index` of each positive.
+            positive_row: place in `window` of each positive.
             positive_item: item_index of each positive.
         """
-        row, place, item = self._listed(user_index)
+        row, place, item = self._listed(self._edges.list_of_window[window])
         if self._exclude_positives:
             is_positive = _is_pair(row, item, positive_row, positive_item)
             row, place, item = row[~is_positive], place[~is_positive], item[~is_positive]
         if self.is_random:
-            key = _mix(_mix(salt[row].astype(np.uint64) ^ _mix(user_index[row])) ^ _mix(place))
+            user = _mix(self._edges.number_of_window[window])[row]
+            key = _mix(_mix(salt[row].astype(np.uint64) ^ user) ^ _mix(place))
             order = np.lexsort((key, row))
             row, item = row[order], item[order]
         first = np.searchsorted(row, row, side="left")
         rank = np.arange(len(row)) - first
         is_taken = rank < self._num_sample
         row, rank, item = row[is_taken], rank[is_taken], item[is_taken]
-        item_index = np.zeros((len(user_index), self._num_sample), dtype=np.int32)
+        item_index = np.zeros((len(window), self._num_sample), dtype=np.int32)
         mask = np.zeros(item_index.shape, dtype=bool)
         item_index[row, rank] = item
         mask[row, rank] = True
@@ -100,7 +101,7 @@ class HardNegativeSampler:
 
     def summary(
         self,
-        user_index: Int[np.ndarray, "n"],
+        window: Int[np.ndarray, "n"],
         *,
         positive_row: Int[np.ndarray, "p"],
         positive_item: Int[np.ndarray, "p"],
@@ -108,31 +109,32 @@ class HardNegativeSampler:
         """One line about the table and about the windows it is used for.
 
         Args:
-            user_index: user of every window.
-            positive_row: window of each positive.
+            window: the windows.
+            positive_row: place in `window` of each positive.
             positive_item: item_index of each positive.
         """
         edges = self._edges
-        num_with = int(np.count_nonzero(edges.count[user_index]))
-        users, place = np.unique(user_index, return_inverse=True)
-        row, _, item = self._listed(users)
+        list_index = edges.list_of_window[window]
+        num_with = int(np.count_nonzero(edges.count[list_index]))
+        lists, place = np.unique(list_index, return_inverse=True)
+        row, _, item = self._listed(lists)
         num_conflicts = int(_is_pair(place[positive_row], positive_item, row, item).sum())
         done = "left out there" if self._exclude_positives else "kept (exclude_positives=False)"
         return (
             f"{edges.num_lines - edges.num_dropped:,} hard edges ({edges.num_dropped:,} dropped: "
             f"unknown user or item); up to {self._num_sample} a user, {self._strategy}; "
-            f"{num_with:,} of {len(user_index):,} windows have some; {num_conflicts:,} positives "
+            f"{num_with:,} of {len(window):,} windows have some; {num_conflicts:,} positives "
             f"are hard negatives of their user, {done}"
         )
 
     def _listed(
-        self, user_index: Int[np.ndarray, "n"]
+        self, list_index: Int[np.ndarray, "n"]
     ) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"], Int[np.ndarray, "_"]]:
-        """(row, place in the user's list, item) of every edge of the users."""
-        count = self._edges.count[user_index]
-        row = np.repeat(np.arange(len(user_index)), count)
+        """(row, place in its list, item) of every edge of the lists."""
+        count = self._edges.count[list_index]
+        row = np.repeat(np.arange(len(list_index)), count)
         place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-        return row, place, self._edges.item_index[self._edges.start[user_index][row] + place]
+        return row, place, self._edges.item_index[self._edges.start[list_index][row] + place]
 
 
 def _is_pair(

@@ -1,16 +1,17 @@
-"""The weights of the negative sampler: from training counts, or from an item table file's text.
+"""The weights of the negative sampler: from training counts, or from an item table file.
 
-Here: the reference's tab-separated `id:int64 weight:float attrs:string` table -> one weight per
-item_index. Not here: opening the file (`pipeline.py`), writing one (`hstu_jax.data`) and drawing
-(`negatives.py`, the next file on the path).
+Here: the reference's table `id:int64 weight:float attrs:string` -> one weight per item_index. Not
+here: reading lines and writing them (`hstu_jax.data.sampler_files`) and drawing (`negatives.py`,
+the next file on the path).
 """
 
-import io
+import pathlib
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-_HEADER = ("id:int64", "weight:float", "attrs:string")
+from hstu_jax.data import refusal, sampler_files
+from hstu_jax.features import sampler_inputs
 
 
 def train_count_weights(
@@ -27,80 +28,49 @@ def train_count_weights(
 
 
 def table_weights(
-    file: io.TextIOBase,
+    path: pathlib.Path,
     *,
     num_items: int,
-    path: str,
+    delimiter: str = "\t",
     item_key: Shaped[np.ndarray, "N"] | None = None,
 ) -> Float[np.ndarray, "N"]:
     """Reads one weight per item_index from an item table; items without a line get 0.
 
-    The `attrs` column is not read: an item's features are columns of the event store.
+    The `attrs` column is not looked at: an item's features are columns of the data.
 
     Args:
-        file: the open table.
+        path: the file.
         num_items: N, size of the catalogue.
-        path: shown in messages.
+        delimiter: between the columns of a line.
         item_key: what the file calls each item (of list columns: the items' ids); None = its
             item_index.
 
     Raises:
-        ValueError: another header, a line that is not an id and a weight, an id outside the
-            catalogue or on two lines.
+        ValueError: another header, a line that is not an id, a weight and attributes, an id outside
+            the catalogue or on two lines.
 
     Source: docs/model.md, "Negative samplers".
     """
-    is_text = item_key is not None and item_key.dtype.kind == "U"
-    expected = ["id:string" if is_text else _HEADER[0], *_HEADER[1:]]
-    header = file.readline().rstrip("\r\n").split("\t")
-    if header != expected:
-        raise ValueError(
-            f"{path} line 1: header {header}: must be {expected}, separated by tabs; "
-            "`python -m hstu_jax.prepare` writes such a file as item_table.tsv."
+    known = np.arange(num_items) if item_key is None else item_key
+    table = sampler_inputs.read_table(
+        path, sampler_files.ITEM_COLUMNS, delimiter=delimiter, id=known
+    )
+    ids = table["id"]
+    index = sampler_inputs.index_of(ids, known)
+    outside = f"outside 0..{num_items - 1} of the items"
+    rule = outside if item_key is None else "is no item of the list columns"
+    for bad, broken in (
+        (index < 0, rule),
+        (sampler_inputs.is_repeat(ids), "on an earlier line already"),
+    ):
+        refusal.refuse(
+            bad,
+            ids,
+            place=lambda at: f"{path} entry {at + 1}",
+            column="id",
+            rule=broken,
+            unit="such entries",
         )
-    ids, table = _read_lines([line for line in file if line.strip()], path, is_text=is_text)
-    if item_key is None:
-        outside = (ids < 0) | (ids >= num_items)
-        _refuse(outside, ids, path, f"outside 0..{num_items - 1} of the items")
-        index = ids
-    else:
-        order = np.argsort(item_key, kind="stable")
-        place = np.minimum(np.searchsorted(item_key, ids, sorter=order), max(num_items - 1, 0))
-        index = order[place]
-        _refuse(item_key[index] != ids, ids, path, "is no item of the list columns")
-    is_repeat = np.ones(len(ids), dtype=bool)
-    is_repeat[np.unique(ids, return_index=True)[1]] = False
-    _refuse(is_repeat, ids, path, "on an earlier line already")
     weights = np.zeros(num_items)
-    weights[index] = table
+    weights[index] = table["weight"]
     return weights
-
-
-def _read_lines(
-    lines: list[str], path: str, *, is_text: bool
-) -> tuple[Shaped[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """(ids, weights) of the lines behind the header."""
-    try:
-        if is_text:  # loadtxt would cut strings at a fixed width
-            cells = [line.rstrip("\r\n").split("\t") for line in lines]
-            weights = np.array([float(cell[1]) for cell in cells], dtype=np.float64)
-            return np.array([cell[0] for cell in cells], dtype=np.str_), weights
-        table = np.loadtxt(
-            lines or ["0\t0\t"],
-            dtype=[("id", np.int64), ("weight", np.float64)],
-            delimiter="\t",
-            usecols=(0, 1),
-            comments=None,
-            ndmin=1,
-        )[: len(lines)]
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{path}: a line is not `id<TAB>weight<TAB>attrs` ({error}).") from error
-    return table["id"], table["weight"]
-
-
-def _refuse(bad: np.ndarray, ids: np.ndarray, path: str, rule: str) -> None:
-    if bad.any():
-        at = int(np.argmax(bad))
-        raise ValueError(
-            f"{path} entry {at + 1}: id={ids[at]}: {rule} ({int(bad.sum())} such lines in all)."
-        )

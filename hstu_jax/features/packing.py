@@ -288,7 +288,7 @@ def _hard_negative_arrays(
             salt = np.array([hard_rng(g).integers(2**63 - 1) for g in range(shape.groups)])
         positive_row, positive_item = positives_of(source.store, segments.window)
         drawn = sampler.draw(
-            source.store.windows.user_index[segments.window].astype(np.int64),
+            segments.window,
             salt=salt[segments.group],
             positive_row=positive_row,
             positive_item=positive_item,

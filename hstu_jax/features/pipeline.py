@@ -194,7 +194,7 @@ class Pipeline:
         chosen = self._windows.windows
         positive_row, positive_item = packing.positives_of(self._store, chosen)
         return sampler.summary(
-            self._store.windows.user_index[chosen].astype(np.int64),
+            chosen,
             positive_row=positive_row,
             positive_item=positive_item,
         )
@@ -347,13 +347,12 @@ def _build_sampler(
                 f"{store.path / data_schema.ITEM_TABLE_FILE}, which `python -m hstu_jax.prepare` "
                 "writes, or leave it empty."
             )
-        with path.open() as file:
-            weights = item_weights.table_weights(
-                file,
-                num_items=store.num_items,
-                path=config.input_path,
-                item_key=store.features.item_key,
-            )
+        weights = item_weights.table_weights(
+            path,
+            num_items=store.num_items,
+            delimiter=config.field_delimiter,
+            item_key=store.features.item_key,
+        )
         return negatives.NegativeSampler(weights, origin=config.input_path)
     weights = item_weights.train_count_weights(
         store.items.train_count, exponent=config.weight_exponent

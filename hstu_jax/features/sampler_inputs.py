@@ -1,39 +1,48 @@
-"""The files of a `HardNegativeSampler` -> weights by item_index and hard edges by user_index.
+"""The files of a `HardNegativeSampler` -> weights by item_index and hard edges by user.
 
-Ids in these files are original ones: `item_id` of items.parquet, and the values of
-`user_id_field` in users.parquet. Here: what they stand for, and what becomes of ids that the event
-store does not have. Not here: reading lines (`hstu_jax.data.sampler_files`) and drawing
-(`hard_negatives.py`, the next file on the path).
+Ids in these files are the user's own. Of an event store: `item_id` of items.parquet, and the values
+of the column `user_id_field` of users.parquet. Of list columns: the items' ids in the rows, and the
+values of the rows' column `user_id_field`. They are strings where that column holds strings. Here:
+what they stand for, and what becomes of ids that the data does not have. Not here: reading lines
+(`hstu_jax.data.sampler_files`) and drawing (`hard_negatives.py`, the next file on the path).
 """
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from hstu_jax.config import sampler_schema
-from hstu_jax.data import event_store, sampler_files
+from hstu_jax.data import event_store, raw_columns, refusal, sampler_files
+from hstu_jax.features import id_mapping
 
 _SECTION = "data.negative_sampler"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HardEdges:
-    """The hard-edge table, by user.
+    """The hard-edge table, a list of items for each user.
 
     Attributes:
-        start: per user_index, its first place in `item_index`.
-        count: per user_index, how many edges it has.
+        start: first place in `item_index` of each list.
+        count: how many edges each list has.
         item_index: items of all edges, one user id after the other, each in the file's order.
+        list_of_window: which list a window has: of an event store its user_index, of list columns
+            the place of its user id, a row without one having the last list, which is empty.
+        number_of_window: number of the window's user, on which random choices depend: the
+            user_index, or of list columns the user's id, hashed if it is a string.
         num_lines: lines of the file.
         num_dropped: lines whose user or item is not in the store (or not in the user or item
             table); they are left out.
     """
 
-    start: Int[np.ndarray, "users"]
-    count: Int[np.ndarray, "users"]
+    start: Int[np.ndarray, "lists"]
+    count: Int[np.ndarray, "lists"]
     item_index: Int[np.ndarray, "edges"]
+    list_of_window: Int[np.ndarray, "windows"]
+    number_of_window: Integer[np.ndarray, "windows"]
     num_lines: int
     num_dropped: int
 
@@ -62,15 +71,16 @@ def read_item_table(
             hold the `attr_fields`, the item's own id among them.
     """
     path = _existing(config, "item_input_path")
-    table = _read(config, path, sampler_files.ITEM_COLUMNS)
+    known_items = _item_ids(store)
+    table = read_table(
+        path, sampler_files.ITEM_COLUMNS, delimiter=config.field_delimiter, id=known_items
+    )
     ids = table["id"]
-    is_repeat = np.ones(len(ids), dtype=bool)
-    is_repeat[np.unique(ids, return_index=True)[1]] = False
-    _refuse(is_repeat, ids, path, "id", "on an earlier line already")
+    _refuse(is_repeat(ids), ids, path, "id", "on an earlier line already")
     if config.attr_fields:
         _check_attributes(table["attrs"], ids, config, path)
-    index = index_of(ids, store.items.item_id)
-    _check_unknown(config, index < 0, ids, path, f"no item_id of {store.path}/items.parquet")
+    index = index_of(ids, known_items)
+    _check_unknown(config, index < 0, ids, path, _no_item(store))
     known = index >= 0
     weight = np.zeros(store.num_items)
     is_listed = np.zeros(store.num_items, dtype=bool)
@@ -97,15 +107,27 @@ def read_hard_edges(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: broken lines, too many unknown ids, or `user_id_field` is no integer column.
+        ValueError: broken lines, too many unknown ids, no column `user_id_field`, or one of
+            several values.
+        TypeError: that column holds neither integers nor strings.
     """
-    user_keys = _user_keys(config, store)
+    known_users, list_of_entry = _user_ids(config, store)
+    known_items = _item_ids(store)
     path = _existing(config, "hard_neg_edge_input_path")
-    table = _read(config, path, sampler_files.EDGE_COLUMNS)
-    allowed = np.unique(user_keys)
+    delimiter = config.field_delimiter
+    table = read_table(
+        path,
+        sampler_files.EDGE_COLUMNS,
+        delimiter=delimiter,
+        userid=known_users,
+        itemid=known_items,
+    )
+    allowed = known_users
     if config.user_input_path:
         user_path = _existing(config, "user_input_path")
-        listed = _read(config, user_path, sampler_files.USER_COLUMNS)["id"]
+        listed = read_table(
+            user_path, sampler_files.USER_COLUMNS, delimiter=delimiter, id=known_users
+        )["id"]
         is_unknown = ~np.isin(listed, allowed)
         _check_unknown(config, is_unknown, listed, user_path, _no_user(config, store))
         allowed = np.intersect1d(allowed, listed)
@@ -113,29 +135,51 @@ def read_hard_edges(
     listed_only = f" or not in {config.user_input_path}" if config.user_input_path else ""
     rule = _no_user(config, store) + listed_only
     _check_unknown(config, no_user, table["userid"], path, rule, column="userid")
-    index = index_of(table["itemid"], store.items.item_id)
+    index = index_of(table["itemid"], known_items)
     no_item = index < 0
     if is_listed_item is not None:
         no_item |= ~is_listed_item[np.maximum(index, 0)]
     listed_only = f" or not in {config.item_input_path}" if config.item_input_path else ""
-    rule = f"no item_id of {store.path}/items.parquet{listed_only}"
+    rule = _no_item(store) + listed_only
     _check_unknown(config, no_item, table["itemid"], path, rule, column="itemid")
 
     is_known = ~no_user & ~no_item
-    keys = table["userid"][is_known]
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    start = np.searchsorted(keys, user_keys, side="left")
+    order = np.argsort(table["userid"][is_known], kind="stable")
+    lists = _lists_of(table["userid"][is_known][order], known_users, list_of_entry, store)
     return HardEdges(
-        start=start,
-        count=np.searchsorted(keys, user_keys, side="right") - start,
+        **lists,
         item_index=index[is_known][order].astype(np.int32),
         num_lines=len(is_known),
         num_dropped=int(np.count_nonzero(~is_known)),
     )
 
 
-def index_of(ids: Int[np.ndarray, "n"], known: Int[np.ndarray, "N"]) -> Int[np.ndarray, "n"]:
+def _lists_of(
+    keys: Shaped[np.ndarray, "edges"],
+    known: Shaped[np.ndarray, "ids"],
+    list_of_entry: Int[np.ndarray, "entries"],
+    store: event_store.EventStore,
+) -> dict[str, Integer[np.ndarray, "_"]]:
+    """Where the lists of ascending user ids are, and which list and number each window has."""
+    # One more list, an empty one, in the last place: -1, a user without an id, finds it.
+    start = np.append(np.searchsorted(keys, known, side="left"), len(keys))
+    stop = np.append(np.searchsorted(keys, known, side="right"), len(keys))
+    list_of_window = number = store.windows.user_index
+    if store.features.window is None:  # a list for every user, since entries are users
+        start, stop = start[list_of_entry], stop[list_of_entry]
+    else:
+        list_of_window = np.where(list_of_entry < 0, len(known), list_of_entry)
+        ids = store.users["user_id"]
+        number = (id_mapping.hash_words(ids) if ids.dtype.kind == "U" else ids)[number]
+    return {
+        "start": start,
+        "count": stop - start,
+        "list_of_window": list_of_window,
+        "number_of_window": number,
+    }
+
+
+def index_of(ids: Shaped[np.ndarray, "n"], known: Shaped[np.ndarray, "N"]) -> Int[np.ndarray, "n"]:
     """Place of each id in `known` (any order, no repeats), -1 where it is not there."""
     order = np.argsort(known, kind="stable")
     place = np.minimum(np.searchsorted(known, ids, sorter=order), len(known) - 1)
@@ -143,8 +187,35 @@ def index_of(ids: Int[np.ndarray, "n"], known: Int[np.ndarray, "N"]) -> Int[np.n
     return np.where(known[found] == ids, found, -1)
 
 
-def _read(config, path, columns) -> dict[str, Shaped[np.ndarray, "_"]]:
-    return sampler_files.read_columns(path, columns, delimiter=config.field_delimiter)
+def is_repeat(ids: Shaped[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Which ids stand at an earlier place too."""
+    repeats = np.ones(len(ids), dtype=bool)
+    repeats[np.unique(ids, return_index=True)[1]] = False
+    return repeats
+
+
+def read_table(
+    path: pathlib.Path,
+    columns: Sequence[tuple[str, str]],
+    *,
+    delimiter: str,
+    **known: Shaped[np.ndarray, "_"],
+) -> dict[str, Shaped[np.ndarray, "_"]]:
+    """The columns of a sampler's file; those of ids are strings where the data's ids are.
+
+    Args:
+        path: the file.
+        columns: as for `sampler_files.read_columns`.
+        delimiter: between columns.
+        **known: column of ids -> the ids that the data has.
+
+    Raises:
+        ValueError: another header, or a broken line.
+    """
+    texts = [name for name, ids in known.items() if ids.dtype.kind == "U"]
+    typed = [(name, "string" if name in texts else kind) for name, kind in columns]
+    table = sampler_files.read_columns(path, typed, delimiter=delimiter)
+    return table | {name: table[name].astype(np.str_) for name in texts}
 
 
 def _existing(config: sampler_schema.NegativeSamplerConfig, field: str) -> pathlib.Path:
@@ -157,25 +228,58 @@ def _existing(config: sampler_schema.NegativeSamplerConfig, field: str) -> pathl
     return path
 
 
-def _user_keys(
+def _item_ids(store: event_store.EventStore) -> Shaped[np.ndarray, "N"]:
+    """What the sampler's files call each item."""
+    key = store.features.item_key
+    return store.items.item_id if key is None else key
+
+
+def _user_ids(
     config: sampler_schema.NegativeSamplerConfig, store: event_store.EventStore
-) -> Int[np.ndarray, "users"]:
-    known = sorted(store.users)
-    if config.user_id_field not in known:
+) -> tuple[Shaped[np.ndarray, "ids"], Int[np.ndarray, "entries"]]:
+    """(distinct ids ascending, which of them each user, or each row of list columns, has; -1)."""
+    columns = store.features.window
+    if columns is None:
+        own = {name: raw_columns.RawColumn(values=ids) for name, ids in store.users.items()}
+        columns = {**own, **store.features.user}
+    field = f"{_SECTION}.user_id_field={config.user_id_field!r}"
+    if config.user_id_field not in columns:
         raise ValueError(
-            f"{_SECTION}.user_id_field={config.user_id_field!r}: no such column in "
-            f"{store.path}/users.parquet; known are {known}."
+            f"{field}: no such column in {_user_table(store)}; known are {sorted(columns)}."
         )
-    return store.users[config.user_id_field].astype(np.int64)
+    column = columns[config.user_id_field]
+    if column.offsets is not None:
+        raise ValueError(
+            f"{field}: has several values an entry in {_user_table(store)}; a user has one id."
+        )
+    if column.values.dtype.kind not in "iuU":
+        raise TypeError(
+            f"{field}: holds {column.values.dtype} in {_user_table(store)}; ids are integers or "
+            "strings."
+        )
+    known, place = np.unique(column.values, return_inverse=True)
+    if known.dtype.kind != "U":
+        known = known.astype(np.int64)
+    return known, place if column.codes is None else np.append(place, -1)[column.codes]
+
+
+def _user_table(store: event_store.EventStore) -> str:
+    return f"{store.path}/users.parquet" if store.features.window is None else "the list columns"
 
 
 def _no_user(config: sampler_schema.NegativeSamplerConfig, store: event_store.EventStore) -> str:
-    return f"no {config.user_id_field} of {store.path}/users.parquet"
+    return f"no {config.user_id_field} of {_user_table(store)}"
+
+
+def _no_item(store: event_store.EventStore) -> str:
+    if store.features.item_key is None:
+        return f"no item_id of {store.path}/items.parquet"
+    return "no item of the list columns"
 
 
 def _check_attributes(
     attrs: Shaped[np.ndarray, "_"],
-    ids: Int[np.ndarray, "_"],
+    ids: Shaped[np.ndarray, "_"],
     config: sampler_schema.NegativeSamplerConfig,
     path: pathlib.Path,
 ) -> None:
@@ -197,7 +301,7 @@ def _check_attributes(
 def _check_unknown(
     config: sampler_schema.NegativeSamplerConfig,
     is_unknown: Bool[np.ndarray, "_"],
-    ids: Int[np.ndarray, "_"],
+    ids: Shaped[np.ndarray, "_"],
     path: pathlib.Path,
     rule: str,
     *,
@@ -208,8 +312,8 @@ def _check_unknown(
         at = int(np.argmax(is_unknown))
         raise ValueError(
             f"{path} entry {at + 1}: {column}={ids[at]}: {rule} ({count} of {len(ids)} entries, "
-            f"more than {_SECTION}.max_unknown_share={config.max_unknown_share}); ids are the "
-            "original ones, not dense indices."
+            f"more than {_SECTION}.max_unknown_share={config.max_unknown_share}); ids are those "
+            "of your own data (of an event store the original ones, not dense indices)."
         )
 
 
@@ -220,9 +324,11 @@ def _refuse(
     column: str,
     rule: str,
 ) -> None:
-    if bad.any():
-        at = int(np.argmax(bad))
-        raise ValueError(
-            f"{path} entry {at + 1}: {column}={values[at : at + 1].tolist()[0]!r}: {rule} "
-            f"({int(bad.sum())} such entries in all)."
-        )
+    refusal.refuse(
+        bad,
+        values,
+        place=lambda at: f"{path} entry {at + 1}",
+        column=column,
+        rule=rule,
+        unit="such entries",
+    )

@@ -67,9 +67,9 @@ def split_windows(
     """
     windows = store.windows_of_split(split)
     if len(windows) == 0:
-        raise ValueError(
-            f"split={split!r}: {store.path} has no such window; prepare data of more days."
-        )
+        is_rows = store.features.window is not None
+        advice = "give files whose rows have candidates" if is_rows else "prepare data of more days"
+        raise ValueError(f"split={split!r}: {store.path} has no such window; {advice}.")
     history = store.windows.history_end[windows] - store.windows.history_start[windows]
     used = np.minimum(history, max_seq_len)
     return SplitWindows(

@@ -216,6 +216,29 @@ REFUSED = {
         ),
         "data.ablation='no_actions': the feature 'uih_seq__bits' of the group uih reads",
     ),
+    "a user of a sequence": (
+        set_lists(
+            **{
+                "data/negative_sampler/kind": "HardNegativeSampler",
+                "data/negative_sampler/num_hard_sample": 2,
+                "data/negative_sampler/hard_neg_edge_input_path": "edges.tsv",
+                "data/negative_sampler/user_id_field": "uih_seq__user",
+            }
+        ),
+        "data.negative_sampler.user_id_field='uih_seq__user': is a column of the sequence "
+        "'uih_seq', not of the row; name a column of the row itself",
+    ),
+    "a weight of a sequence": (
+        set_lists(**{"data/sample_weight_fields": ("cand_seq__action_weight",)}),
+        "data.sample_weight_fields='cand_seq__action_weight': is a column of the sequence 'cand_s",
+    ),
+    "a feature of the row from a sequence": (
+        both(
+            set_lists(),
+            set_field("features/user_id/expression", "user:uih_seq__video_id"),
+        ),
+        "feature_groups.contextual='uih_seq__video_id': is a column of the sequence 'uih_seq', not",
+    ),
     "two names": (
         set_field("raw_features", {"user_id": {}}),
         "features.user_id has the same name; rename one of them",

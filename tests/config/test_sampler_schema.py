@@ -50,8 +50,10 @@ def test_both_kinds_resolve():
         ({**HARD, "num_hard_sample": 0}, "num_hard_sample=0: must be positive with kind='Hard"),
         ({**HARD, "num_hard_sample": -1}, "num_hard_sample=-1: must not be negative."),
         ({**HARD, "hard_sample_strategy": "topk"}, "hard_sample_strategy='topk': unknown choice"),
-        ({**HARD, "user_id_field": ""}, "user_id_field='': must name a column of users.parquet."),
+        ({**HARD, "user_id_field": ""}, "user_id_field='': must name a column of users.parquet or"),
         ({**HARD, "field_delimiter": ""}, "field_delimiter='': must be one character"),
+        ({"field_delimiter": ","}, "field_delimiter=',': is not read: there is no file, since"),
+        ({"field_delimiter": "::", "input_path": "t.tsv"}, "field_delimiter='::': must be one"),
         ({**HARD, "max_unknown_share": 1.5}, "max_unknown_share=1.5: must be in [0, 1]."),
         (
             {**HARD, "item_input_path": "t.tsv", "weight_exponent": 1.0},

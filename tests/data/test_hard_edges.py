@@ -115,6 +115,13 @@ def test_command_writes_prints_and_refuses(make_store, tmp_path, capsys):
         prepare.main(command)
     prepare.main([*command, "--overwrite", "--kind", "not_clicked", "--max_per_user", "1"])
     assert "2 hard edges" in capsys.readouterr().out
+    # Ids of list columns made from the store: user_index and item_index.
+    prepare.main([*command, "--overwrite", "--ids", "index"])
+    assert path.read_text().splitlines()[1:] == ["0\t0\t1", "1\t2\t1"]
+    assert (path.parent / "users.tsv").read_text().splitlines()[1:] == ["0\t1", "1\t1"]
+    assert (path.parent / "items.tsv").read_text().splitlines()[1] == "0\t1\t0"
+    with pytest.raises(ValueError, match="ids='names': unknown; choose from"):
+        hard_edges.HardEdgeOptions(ids="names")
     with pytest.raises(SystemExit, match="max_per_user=-1: must not be negative"):
         prepare.main([*command, "--max_per_user", "-1"])
     quiet = make_store([(0, 0, 10, CLICK), (1, 1, 120, HATE)], "quiet")

@@ -259,6 +259,31 @@ def test_wrong_types_are_refused(tmp_path):
         opened(rows=words, delimiter="|", sequences=DELIMITED)
 
 
+@pytest.mark.parametrize(
+    ("column", "change", "kind", "message"),
+    [
+        ("user_id", float, TypeError, "column user_id: type double: ids must be integers or str"),
+        ("user_id", lambda user: [user], TypeError, "column user_id: type list<.*>: ids must be"),
+        ("user_id", lambda user: 2**63 + user, ValueError, "the id 9223372036854775811 is 2.63 or"),
+        ("uih_seq__video_id", float, TypeError, "column uih_seq__video_id: type double: ids must"),
+        ("cand_seq__video_id", lambda item: 2**63 + item, ValueError, "write such ids as strings"),
+    ],
+)
+def test_ids_are_integers_or_strings(tmp_path, column, change, kind, message):
+    is_user = column == "user_id"
+    rows = [
+        {**row, column: change(row[column]) if is_user else [change(i) for i in row[column]]}
+        for row in lists.ROWS
+    ]
+    made = {float: pa.float64()}.get(change, pa.uint64())
+    types = {column: made if is_user else pa.list_(made)}
+    if is_user and isinstance(rows[0][column], list):
+        types = {}
+    lists.write_both(tmp_path, rows, types=types)
+    with pytest.raises(kind, match=message):
+        list_columns.open_list_columns(lists.config(tmp_path))
+
+
 def test_request_times_are_whole_seconds(tmp_path):
     for value, kind in (("soon", pa.string()), (1.5, pa.float64())):
         rows = [{**row, "request_time": value} for row in lists.ROWS]

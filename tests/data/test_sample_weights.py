@@ -49,6 +49,24 @@ def test_a_window_column_is_the_weight_itself(write_users):
     np.testing.assert_array_equal(sample_weights.read_sample_weights(store, "weight"), [3, 4])
 
 
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        (["a", "b"], TypeError, "windows.arrow column weight: string found; weights are numbers"),
+        ([1.0, None], ValueError, "windows.arrow column weight: 1 missing values"),
+        ([1.0, -1.0], ValueError, r"windows.arrow row 1: weight=-1\.0: must be finite and not"),
+    ],
+)
+def test_wrong_window_columns_are_refused_where_they_are_used(write_users, values, kind, message):
+    lists = pa.array([[1], [2, 3]], pa.large_list(pa.int64()))
+    plain = write_users()
+    offsets = plain.windows.positive_offsets.tolist()  # the file is replaced below its memory map
+    store = _add_window_column(_add_window_column(plain, "tags", lists), "weight", values)
+    assert store.windows.positive_offsets.tolist() == offsets
+    with pytest.raises(kind, match=message):
+        sample_weights.read_sample_weights(store, "weight")
+
+
 def test_one_name_in_both_files_is_refused(write_users):
     store = _add_window_column(write_users(weight=np.array([1.0, 1.0])), "weight", [3.0, 4.0])
     with pytest.raises(ValueError, match=r"^data.sample_weight_fields='weight': in both files"):

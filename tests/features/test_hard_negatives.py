@@ -17,6 +17,8 @@ def _sampler(**options):
         item_index=np.concatenate(LISTS).astype(np.int32),
         num_lines=int(counts.sum()) + 2,
         num_dropped=2,
+        list_of_window=np.arange(len(LISTS)),
+        number_of_window=np.arange(len(LISTS)),
     )
     return hard_negatives.HardNegativeSampler(edges, **options)
 
@@ -81,7 +83,7 @@ def test_a_random_choice_depends_on_salt_and_user_only():
 
 def test_summary_counts_what_is_dropped_and_what_is_positive():
     arguments = dict(
-        user_index=np.array([0, 1, 3, 0]),
+        window=np.array([0, 1, 3, 0]),
         positive_row=np.array([0, 0, 2, 3, 3]),
         positive_item=np.array([9, 5, 31, 7, 30]),
     )

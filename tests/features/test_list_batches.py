@@ -9,6 +9,7 @@ import pytest
 from hstu_jax.config import feature_schema
 from hstu_jax.data import list_columns, list_export
 from hstu_jax.features import pipeline
+from tests.data import lists as list_rows
 
 LABELS = ("cand_seq__action_weight", "cand_seq__watch_time")
 
@@ -111,3 +112,11 @@ def test_fingerprint_follows_the_values(store, make_config, tmp_path):
         read = list_columns.open_list_columns(list_config(make_config(), folder))
         prints.add(read.fingerprint())
     assert len(prints) == 2
+
+
+def test_rows_without_any_candidate_are_no_split(tmp_path):
+    none = {name: [] for name in list_rows.ROWS[0] if name.startswith("cand_seq")}
+    list_rows.write_both(tmp_path, [{**row, **none} for row in list_rows.ROWS])
+    config = list_rows.config(tmp_path)
+    with pytest.raises(ValueError, match="has no such window; give files whose rows have candid"):
+        pipeline.Pipeline(config, list_columns.open_list_columns(config))

@@ -7,6 +7,7 @@ import pytest
 
 from hstu_jax.config import sampler_schema
 from hstu_jax.data import event_store
+from hstu_jax.data.raw_columns import FeatureColumns, RawColumn
 from hstu_jax.features import sampler_inputs
 
 ITEM_ID = np.array([900, 20, 510, 7, 66], dtype=np.int64)  # of item_index 0 to 4; not ascending
@@ -26,9 +27,9 @@ def store(make_store):
 def config(tmp_path):
     """Function: contents of the files and further fields -> the sampler's section."""
 
-    def make(*, edges, users=None, items=None, **fields):
+    def make(*, edges, users=None, items=None, edges_header="u:int64\ti:int64\tw:float", **fields):
         for name, header, lines in (
-            ("hard_neg_edge_input_path", "u:int64\ti:int64\tw:float", edges),
+            ("hard_neg_edge_input_path", edges_header, edges),
             ("user_input_path", "id:int64\tweight:float", users),
             ("item_input_path", "id:int64\tweight:float\tattrs:string", items),
         ):
@@ -56,6 +57,14 @@ def test_original_ids_become_lists_of_item_indices_in_file_order(store, config):
     edges = sampler_inputs.read_hard_edges(config(edges=EDGES), store, is_listed_item=None)
     assert _lists(edges) == [[4, 2], [], [3, 0, 3], []]
     assert (edges.num_lines, edges.num_dropped) == (5, 0)
+
+
+def test_columns_may_be_separated_otherwise(store, config):
+    edges = [line.replace("\t", ",") for line in EDGES]
+    header = "u:int64,i:int64,w:float"
+    section = config(edges=edges, edges_header=header, field_delimiter=",")
+    edges = sampler_inputs.read_hard_edges(section, store, is_listed_item=None)
+    assert _lists(edges) == [[4, 2], [], [3, 0, 3], []]
 
 
 def test_unknown_ids_are_dropped_up_to_the_share_and_refused_above(store, config):
@@ -93,6 +102,36 @@ def test_user_ids_may_be_values_of_another_column(store, config):
     section = config(edges=EDGES, user_id_field="user")
     with pytest.raises(ValueError, match=r"user_id_field='user': no such column .* 'user_id'\]"):
         sampler_inputs.read_hard_edges(section, store, is_listed_item=None)
+
+
+def test_user_ids_may_be_a_further_column_of_users(store, config):
+    """A column beside the format's: integers or strings, and a user without one has no edges."""
+    named = RawColumn(values=np.array(["anna", "bo"]), codes=np.array([1, 0, -1, 0]))
+    user = {
+        "account": named,
+        "number": RawColumn(values=np.array([8, 5, 5, 6], np.int16)),
+        "share": RawColumn(values=np.ones(4)),
+        "tags": RawColumn(values=np.arange(8), offsets=np.array([0, 2, 4, 6, 8])),
+    }
+    store = dataclasses.replace(store, features=FeatureColumns(user=user))
+
+    def read(**fields):
+        return sampler_inputs.read_hard_edges(config(**fields), store, is_listed_item=None)
+
+    lines = ["anna\t7\t1", "bo\t66\t1", "anna\t20\t1"]
+    header = "u:string\ti:int64\tw:float"
+    edges = read(edges=lines, user_id_field="account", edges_header=header)
+    assert _lists(edges) == [[4], [3, 1], [], [3, 1]]
+    edges = read(edges=["5\t7\t1", "8\t20\t1"], user_id_field="number")
+    assert _lists(edges) == [[1], [3], [3], []]
+    with pytest.raises(ValueError, match="entry 1: userid=7: no number of .*/users.parquet"):
+        read(edges=["7\t7\t1"], user_id_field="number")
+    with pytest.raises(ValueError, match=r"header \['u:int64', .*: must have the types \['string'"):
+        read(edges=lines, user_id_field="account")
+    with pytest.raises(TypeError, match="user_id_field='share': holds float64 in .*; ids are int"):
+        read(edges=EDGES, user_id_field="share")
+    with pytest.raises(ValueError, match="user_id_field='tags': has several values an entry in"):
+        read(edges=EDGES, user_id_field="tags")
 
 
 def test_attributes_hold_the_fields_and_the_items_own_id(store, config):

@@ -281,6 +281,27 @@ def test_users_of_an_event_store_may_have_several_values(make_store, make_config
     assert found.contextual["tags"].tolist() == [[2, 3], [3, -1], [2, -1]]
 
 
+def test_lists_of_users_are_exported_as_they_are(make_store, make_config, tmp_path):
+    store = make_store([3, 4, 2, 5], splits=[0, 0, 1, 2])
+    path = store.path / "users.parquet"
+    tags = pa.array([["x", "y"], [], None, ["y", None]], pa.list_(pa.string()))
+    pq.write_table(pq.read_table(path).append_column("tags", tags), path)
+    store = event_store.open_store(store.path)
+    config = make_config(contextual=0)
+    config = dataclasses.replace(
+        config,
+        features={**config.features, "tags": IdFeature(vocab_list=("x", "y"))},
+        feature_groups={**config.feature_groups, "contextual": ("tags",)},
+    )
+    list_export.export(store, tmp_path / "lists", options=list_export.ExportOptions())
+    rows = list_config(config, tmp_path / "lists")
+    one = pipeline.Pipeline(rows, list_columns.open_list_columns(rows))
+    other = pipeline.Pipeline(config, store)
+    assert_same_batches(one.batch_at(0), other.batch_at(0))
+    tags = other.source.columns.contextual["tags"]
+    assert tags.tolist() == [[2, 3], [-1, -1], [-1, -1], [3, 0]]
+
+
 def test_a_feature_of_items_needs_the_item_file(tmp_path):
     lists.write_both(tmp_path)
     features = {"uih_seq__author": AUTHOR}
