@@ -2,10 +2,9 @@
 
 Each field stands in a table of `option_tables.py`: what it must change here (the batch, the towers,
 dense parameters or rows of tables after given gradients), or the test elsewhere that shows it. A
-new field without an entry fails. Nothing is compiled: batches are numpy, optimizers run eagerly, and
-of
-the towers it is the traced program that must differ. That values are right, and that they differ
-where they should, is for the tests of each module.
+new field without an entry fails. Nothing is compiled: batches are numpy, optimizers run eagerly,
+and of the towers it is the traced program that must differ. That values are right, and that they
+differ where they should, is for the tests of each module.
 """
 
 import dataclasses
