@@ -1,4 +1,4 @@
-"""Settings shared by all tests: two CPU devices, strict ranks, checked annotations.
+"""Settings shared by all tests: two CPU devices, strict ranks, checked annotations, one cache.
 
 The jaxtyping import hook checks every annotated array shape in both packages at run time. Folder
 fixtures for the recorded reference numbers and the real data sets live here too; nothing else does.
@@ -6,6 +6,8 @@ fixtures for the recorded reference numbers and the real data sets live here too
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation of small programs: LLVM without optimization takes a third
@@ -14,6 +16,15 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 )
+
+# Many tests, and commands that they start, compile the same program: a cache that lives as long as
+# the session. Workers of pytest-xdist inherit the controller's.
+_OWN_CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _OWN_CACHE = tempfile.mkdtemp(prefix="hstu_jax_compilations_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _OWN_CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -25,6 +36,12 @@ install_import_hook(["hstu_jax", "pallas_kernels"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_unconfigure(config):
+    """Removes the cache of compilations, in the process that made it."""
+    if _OWN_CACHE is not None:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
