@@ -21,8 +21,8 @@ def _choose(kind, dtype, width, row_len=4102, v_dim=None):
     [
         ("NVIDIA H100 80GB HBM3", BFLOAT16, 64, Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
         ("NVIDIA H200", BFLOAT16, 128, Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
-        ("NVIDIA A100-SXM4-80GB", BFLOAT16, 128, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-        ("NVIDIA L4", BFLOAT16, 128, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        ("NVIDIA A100-SXM4-80GB", BFLOAT16, 128, Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
+        ("NVIDIA L4", BFLOAT16, 128, Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
         ("NVIDIA H100 80GB HBM3", FLOAT32, 128, Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
     ],
 )
