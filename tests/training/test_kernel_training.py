@@ -34,6 +34,7 @@ def _train(store, workdir, kernel):
     return losses, jax.device_get((state.params, tables))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", ["pallas_triton_interpret"])
 def test_training_with_a_kernel_equals_xla(small_store, tmp_path, kernel, monkeypatch):
     traced = []
