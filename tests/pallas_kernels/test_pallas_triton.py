@@ -58,10 +58,14 @@ def _mask_data(case):
     return layout.token_segments(built), jnp.stack(bounds, 1)
 
 
-@functools.cache
-def _program(dtype="float32", tiles=TILES):
+def _program(dtype="float32", interpret=True):
     """Jitted (q, k, v, g, segment, bounds) -> (o, dq, dk, dv)."""
-    program = pallas_triton.Program(Scale(ALPHA, DIVISOR), tiles, NUM_SEGMENTS, interpret=True)
+    return _compiled(dtype, interpret)
+
+
+@functools.cache
+def _compiled(dtype, interpret):
+    program = pallas_triton.Program(Scale(ALPHA, DIVISOR), TILES, NUM_SEGMENTS, interpret)
 
     @jax.jit
     def run(q, k, v, g, segment, bounds):
@@ -115,11 +119,10 @@ def _assert_close(name, actual, expected):
     )
 
 
-@pytest.mark.parametrize("name", list(BY_NAME))
-def test_every_case_is_as_exact_as_the_dense_form(name):
+def _assert_as_exact_as_dense(name, interpret):
     case = BY_NAME[name]
     mask, expected = _oracle(case)
-    results = _program()(*_inputs(case), *_mask_data(case))
+    results = _program(interpret=interpret)(*_inputs(case), *_mask_data(case))
     honest = _errors(_dense_program()(*_inputs(case), mask), expected)
     for which, result, error, e in zip(NAMES, results, honest, expected, strict=True):
         _assert_close(which, result, e)
@@ -129,6 +132,18 @@ def test_every_case_is_as_exact_as_the_dense_form(name):
         assert np.abs(np.asarray(result, np.float64) - e).max() <= limit, which
         is_padding = ~mask.any(axis=2)
         assert not np.asarray(result)[is_padding].any(), which
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_every_case_is_as_exact_as_the_dense_form(name):
+    _assert_as_exact_as_dense(name, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_every_case_compiled_on_the_gpu(name):
+    """JAX_PLATFORMS=cuda pytest -m gpu tests/pallas_kernels"""
+    _assert_as_exact_as_dense(name, interpret=False)
 
 
 def test_very_negative_logits_keep_their_digits():
