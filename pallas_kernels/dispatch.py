@@ -11,6 +11,7 @@ from typing import Any
 
 _logger = logging.getLogger(__name__)
 _logged_fallbacks: set[tuple[str, str]] = set()
+_logged_choices: set[tuple[str, str]] = set()
 
 
 class UnsupportedByKernel(ValueError):
@@ -42,12 +43,21 @@ def run(
         return call(choose(implementation, table, op=op))
     for name in auto_order[:-1]:
         try:
-            return call(table[name])
+            result = call(table[name])
+            _log_choice(op, name)
+            return result
         except UnsupportedByKernel as error:
             if (op, name) not in _logged_fallbacks:
                 _logged_fallbacks.add((op, name))
                 _logger.warning("%s: implementation %s is not used: %s", op, name, error)
+    _log_choice(op, auto_order[-1])
     return call(table[auto_order[-1]])
+
+
+def _log_choice(op, name):
+    if (op, name) not in _logged_choices:
+        _logged_choices.add((op, name))
+        _logger.info("%s: 'auto' is %s", op, name)
 
 
 def choose(

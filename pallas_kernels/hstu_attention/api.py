@@ -1,35 +1,52 @@
 """The one entry to HSTU attention: signatures, checks, choice of implementation.
 
-Nothing is computed here. `reference.py` says what is right, `xla_blockwise.py` and `last_query.py`
-are what runs; layouts and mask rules come from `layout.py` and `mask.py`.
+Nothing is computed here. `reference.py` says what is right; `xla_blockwise.py` and `last_query.py`
+run everywhere, `pallas_triton.py` on GPUs. Layouts and mask rules are in `layout.py` and `mask.py`.
 """
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import checks, dispatch
-from pallas_kernels.hstu_attention import last_query, reference, xla_blockwise
+from pallas_kernels import checks, devices, dispatch
+from pallas_kernels.hstu_attention import last_query, pallas_triton, reference, xla_blockwise
 from pallas_kernels.hstu_attention.layout import SequenceLayout, check_segments
 from pallas_kernels.hstu_attention.mask import MaskRule
 
-Implementation = Literal["auto", "xla", "reference"]
+Implementation = Literal["auto", "xla", "reference", "pallas_triton", "pallas_triton_interpret"]
 
-_FULL = {"xla": xla_blockwise.hstu_attention, "reference": reference.hstu_attention}
+_FULL = {
+    "xla": xla_blockwise.hstu_attention,
+    "reference": reference.hstu_attention,
+    "pallas_triton": pallas_triton.hstu_attention,
+    "pallas_triton_interpret": functools.partial(pallas_triton.hstu_attention, interpret=True),
+}
 _DELTA = {
     "xla": last_query.hstu_attention_delta,
     "reference": reference.hstu_attention_delta,
 }
-_LAST = {"xla": last_query.hstu_attention_last, "reference": reference.hstu_attention_last}
-# The last entry must support everything.
-_AUTO_ORDER = ("xla",)
+_LAST = {
+    "xla": last_query.hstu_attention_last,
+    "reference": reference.hstu_attention_last,
+    "pallas_triton": pallas_triton.hstu_attention_last,
+    "pallas_triton_interpret": functools.partial(pallas_triton.hstu_attention_last, interpret=True),
+}
+# What "auto" tries in turn for the full op, by platform; the last entry supports everything.
+_AUTO_ORDER = {"gpu": ("pallas_triton", "xla")}
+_ONLY_XLA = ("xla",)
 
 
 def auto_implementation() -> str:
-    """Name of the implementation that "auto" tries first."""
-    return _AUTO_ORDER[0]
+    """Name of the implementation that "auto" tries first for the full op, on this device."""
+    return _auto_order()[0]
+
+
+def _auto_order():
+    # The device is looked at here, while tracing: importing asks no device.
+    return _AUTO_ORDER.get(devices.current_device().platform, _ONLY_XLA)
 
 
 def hstu_attention(
@@ -58,7 +75,11 @@ def hstu_attention(
         rule: which keys a query sees.
         alpha: factor of the logits, usually K ** -0.5.
         divisor: what scores are divided by; never inferred from L.
-        implementation: "xla" (linear memory), "reference" (dense, for tests), or "auto".
+        implementation: "xla" (linear memory, every device), "pallas_triton" (NVIDIA GPUs of
+            compute capability 8.0 or newer), "pallas_triton_interpret" (the same kernels run step
+            by step on any device: to find faults, far too slow for anything else), "reference"
+            (dense, for tests), or "auto": the kernel of the device the program is traced for, if
+            it can do this, else "xla".
         num_targets: targets at the end of each segment, 0 <= num_targets <= length -
             contextual_len; None = no targets.
 
@@ -86,7 +107,7 @@ def hstu_attention(
     return dispatch.run(
         implementation,
         _FULL,
-        auto_order=_AUTO_ORDER,
+        auto_order=_auto_order(),
         op="hstu_attention",
         call=lambda kernel: kernel(
             q,
@@ -125,7 +146,8 @@ def hstu_attention_last(
         rule: which keys a query sees (no targets here).
         alpha: factor of the logits.
         divisor: what scores are divided by.
-        implementation: as for `hstu_attention`.
+        implementation: as for `hstu_attention`. One query per segment needs no kernel:
+            "pallas_triton" checks its device and then runs the program of "xla".
 
     Returns:
         Outputs in the dtype of v; zeros for empty segments.
@@ -141,7 +163,7 @@ def hstu_attention_last(
     return dispatch.run(
         implementation,
         _LAST,
-        auto_order=_AUTO_ORDER,
+        auto_order=_ONLY_XLA,
         op="hstu_attention_last",
         call=lambda kernel: kernel(
             q, k, v, layout=layout, rule=rule, alpha=float(alpha), divisor=float(divisor)
@@ -176,7 +198,7 @@ def hstu_attention_delta(
         rule: which keys a query sees; not semi-local.
         alpha: factor of the logits.
         divisor: what scores are divided by.
-        implementation: as for `hstu_attention`.
+        implementation: "xla", "reference" or "auto"; no kernel decodes.
         num_targets: as for `hstu_attention`.
 
     Returns:
@@ -206,7 +228,7 @@ def hstu_attention_delta(
     return dispatch.run(
         implementation,
         _DELTA,
-        auto_order=_AUTO_ORDER,
+        auto_order=_ONLY_XLA,
         op="hstu_attention_delta",
         call=lambda kernel: kernel(
             q,

@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from pallas_kernels.hstu_attention.mask import MaskRule, interval_breakpoints, key_intervals
+from pallas_kernels.hstu_attention.mask import (
+    KeyInterval,
+    MaskRule,
+    interval_breakpoints,
+    key_intervals,
+)
 
 # Forward and backward of the `xla` path with 4 heads of 32 (2 CPU cores, AVX-512): 128 takes 13 %
 # more time than 64 at N = 1024 and 20 to 30 % more at 2048 (waste on the diagonal), 32 takes 40 %
@@ -347,3 +352,33 @@ def token_positions(layout: SequenceLayout) -> Int[Array, "R L"]:
     start = jnp.asarray(layout.starts)[jnp.maximum(segment, 0)]
     position = slots.reshape(layout.num_rows, layout.row_len) - start
     return jnp.where(segment >= 0, position, 0)
+
+
+def slot_intervals(
+    layout: SequenceLayout,
+    num_targets: Int[Array | np.ndarray, "S"] | None,
+    *,
+    rule: MaskRule,
+    padded_len: int,
+) -> list[KeyInterval]:
+    """Mask of each slot's query as intervals [R, padded_len] of slots of its row, empty in padding.
+
+    Args:
+        layout: where the segments lie.
+        num_targets: targets at the end of each segment, if there are any.
+        rule: the mask.
+        padded_len: slots that a row has after padding to whole tiles, at least `layout.row_len`.
+    """
+    segment, position = token_segments(layout), token_positions(layout)
+    owner, is_token = jnp.maximum(segment, 0), segment >= 0
+    targets = None if num_targets is None else jnp.asarray(num_targets)[owner]
+    length = jnp.asarray(layout.lengths)[owner]
+    first_slot = jnp.arange(layout.row_len, dtype=jnp.int32)[None] - position
+    width = (0, padded_len - layout.row_len)
+    return [
+        KeyInterval(
+            jnp.pad(jnp.where(is_token, interval.start + first_slot, 0), ((0, 0), width)),
+            jnp.pad(jnp.where(is_token, interval.end + first_slot, 0), ((0, 0), width)),
+        )
+        for interval in key_intervals(position, length, targets, rule=rule, xp=jnp)
+    ]

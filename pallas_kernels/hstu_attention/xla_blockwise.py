@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hstu_attention.layout import SequenceLayout, token_positions, token_segments
-from pallas_kernels.hstu_attention.mask import KeyInterval, MaskRule, key_intervals
+from pallas_kernels.hstu_attention.layout import SequenceLayout, slot_intervals, token_segments
+from pallas_kernels.hstu_attention.mask import MaskRule
 from pallas_kernels.hstu_attention.poison import finite_or_zero, poisoned_segments
 
 
@@ -43,7 +43,7 @@ def _attend(q, k, v, layout, num_targets, rule, alpha, divisor):
 
 def _attend_forward(q, k, v, layout, num_targets, rule, alpha, divisor):
     segment = token_segments(layout)
-    intervals = _slot_intervals(segment, layout, num_targets, rule)
+    intervals = slot_intervals(layout, num_targets, rule=rule, padded_len=_padded_len(layout))
     q_tiles, k_tiles, v_tiles = (_to_tiles(x, segment, layout) for x in (q, k, v))
 
     def add_tile(row, query_block, key_block, total):
@@ -66,7 +66,7 @@ def _attend_forward(q, k, v, layout, num_targets, rule, alpha, divisor):
 def _attend_backward(rule, alpha, divisor, residuals, cotangent):
     q, k, v, layout, num_targets, is_bad = residuals
     segment = token_segments(layout)
-    intervals = _slot_intervals(segment, layout, num_targets, rule)
+    intervals = slot_intervals(layout, num_targets, rule=rule, padded_len=_padded_len(layout))
     q_tiles, k_tiles, v_tiles, g_tiles = (
         _to_tiles(x, segment, layout) for x in (q, k, v, cotangent)
     )
@@ -117,23 +117,6 @@ def _for_each_pair(layout, add_tile, totals):
 
     # The trip count is data: a batch of short histories takes fewer steps of the same program.
     return lax.fori_loop(jnp.int32(0), jnp.int32(pairs.shape[0]), one_group, totals)
-
-
-def _slot_intervals(segment, layout, num_targets, rule):
-    """Mask intervals of each slot's query, counted in slots of its row; empty in padding."""
-    owner, is_token = jnp.maximum(segment, 0), segment >= 0
-    position = token_positions(layout)
-    targets = None if num_targets is None else num_targets[owner]
-    length = jnp.asarray(layout.lengths)[owner]
-    first_slot = jnp.arange(layout.row_len, dtype=jnp.int32)[None] - position
-    width = (0, _padded_len(layout) - layout.row_len)
-    return [
-        KeyInterval(
-            jnp.pad(jnp.where(is_token, interval.start + first_slot, 0), ((0, 0), width)),
-            jnp.pad(jnp.where(is_token, interval.end + first_slot, 0), ((0, 0), width)),
-        )
-        for interval in key_intervals(position, length, targets, rule=rule, xp=jnp)
-    ]
 
 
 def _tile_mask(intervals, row, query_block, key_block, block_len):

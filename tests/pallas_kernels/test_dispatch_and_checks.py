@@ -128,14 +128,34 @@ def test_flops_count_visible_pairs():
     # Forward 2 K + 2 V, backward 2 K + 2 V for scores and dscores, 2 K + 2 K + 2 V for dq, dk, dv.
     flops = benchmark.attention_flops(7, num_heads=2, qk_dim=3, v_dim=5)
     assert flops == 7 * 2 * (6 + 10 + 6 + 10 + 6 + 6 + 10)
+    forward = benchmark.attention_flops(7, num_heads=2, qk_dim=3, v_dim=5, forward_only=True)
+    assert forward == 7 * 2 * (6 + 10)
 
 
 def test_benchmark_prints_each_implementation(capsys):
-    benchmark.main(["--lengths", "16", "--batch", "2", "--heads", "1", "--width", "4",
-                    "--contextual", "2", "--runs", "1"])  # fmt: skip
+    sizes = "--lengths 16 --batch 2 --heads 1 --width 4 --contextual 2 --runs 1".split()
+    benchmark.main([*sizes, "--passes", "forward,both"])
     lines = capsys.readouterr().out.splitlines()
     assert jax.__version__ in lines[0]
-    assert [line.split()[:2] for line in lines[3:]] == [["16", "xla"], ["16", "reference"]]
+    assert [line.split()[:3] for line in lines[3:]] == [
+        ["16", "xla", "forward"],
+        ["16", "xla", "both"],
+        ["16", "reference", "forward"],
+        ["16", "reference", "both"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--quick", "--quick: no kernel runs on this device; name sizes and --implementations"),
+        ("--passes=backward", "--passes=backward: knows 'forward' and 'both', not 'backward'"),
+    ],
+)
+def test_benchmark_refuses(argument, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main([argument])
+    assert message in capsys.readouterr().err
 
 
 def test_timing_refuses_zero_runs():

@@ -51,7 +51,7 @@ def _setup(meta, arrays):
     return lengths, None if targets is None else jnp.asarray(targets), built
 
 
-def _assert_recorded(name, meta, arrays, rule):
+def _assert_recorded(name, meta, arrays, rule, implementation="xla"):
     """Runs one recorded case by the given rule and compares all four arrays."""
     lengths, targets, built = _setup(meta, arrays)
     to_rows = functools.partial(_to_rows, lengths=lengths, row_len=built.row_len)
@@ -63,7 +63,7 @@ def _assert_recorded(name, meta, arrays, rule):
         rule=rule,
         alpha=meta["alpha"],
         divisor=float(divisor),
-        implementation="xla",
+        implementation=implementation,
         num_targets=targets,
     )
 
@@ -87,6 +87,14 @@ def test_recorded_attention(golden_dir):
     for name, meta, arrays in recorded:
         _assert_recorded(name, meta, arrays, _rule(meta))
     print(f"{len(recorded)} recorded cases of {OP}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("implementation", ["pallas_triton_interpret"])
+def test_recorded_attention_by_kernels(golden_dir, implementation):
+    """A program for every file: widths and lengths differ."""
+    for name, meta, arrays in _recorded(golden_dir):
+        _assert_recorded(name, meta, arrays, _rule(meta), implementation)
 
 
 def test_wrong_rule_is_caught(golden_dir):

@@ -1,0 +1,93 @@
+"""The device that a program under trace is for: platform, kind, compute capability.
+
+Asked while tracing, never at import. Kernels decide by it whether they can run and with which
+tiles; what they decide is in each op's folder.
+"""
+
+import dataclasses
+
+import jax
+
+# Kinds of NVIDIA devices by the name that drivers give, the longer names first: what is compiled
+# for a device that is only described (`jax.sharding.AbstractDevice`) has nothing else to go by.
+_CAPABILITIES = (
+    ("GB200", (10, 0)),
+    ("B200", (10, 0)),
+    ("GH200", (9, 0)),
+    ("H200", (9, 0)),
+    ("H100", (9, 0)),
+    ("H20", (9, 0)),
+    ("H800", (9, 0)),
+    ("L40", (8, 9)),
+    ("L4", (8, 9)),
+    ("RTX 40", (8, 9)),
+    ("A100", (8, 0)),
+    ("A800", (8, 0)),
+    ("A30", (8, 0)),
+    ("A10", (8, 6)),
+    ("A40", (8, 6)),
+    ("RTX 30", (8, 6)),
+    ("T4", (7, 5)),
+    ("V100", (7, 0)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What is known of a device.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        kind: name of the model, as the driver gives it.
+        capability: CUDA compute capability (major, minor); None if it is not an NVIDIA GPU, or
+            one whose name is not known.
+        is_present: the program can run here; false if it is only compiled for such a device.
+    """
+
+    platform: str
+    kind: str
+    capability: tuple[int, int] | None
+    is_present: bool
+
+
+def current_device() -> Device:
+    """Returns the device that the program under trace is for.
+
+    A mesh in context (`jax.set_mesh`, `shard_map`, `jax.sharding.use_abstract_mesh`) comes first,
+    then `jax.default_device`, then JAX's first device.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is None:
+        return _describe(_default_device())
+    for device in _local_devices(described.platform):
+        if device.device_kind == described.device_kind:
+            return _describe(device)
+    kind = described.device_kind
+    return Device(described.platform, kind, capability_of_kind(kind), is_present=False)
+
+
+def capability_of_kind(kind: str) -> tuple[int, int] | None:
+    """Compute capability by the name of an NVIDIA device; None for other names."""
+    return next((capability for name, capability in _CAPABILITIES if name in kind), None)
+
+
+def _describe(device):
+    text = str(getattr(device, "compute_capability", ""))
+    major, _, minor = text.partition(".")
+    # AMD devices give names like gfx942 here.
+    capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    return Device(device.platform, device.device_kind, capability, is_present=True)
+
+
+def _default_device():
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.local_devices()[0]
+    return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
+
+
+def _local_devices(platform):
+    try:
+        return jax.local_devices(backend=platform)
+    except RuntimeError:  # no such backend here
+        return []

@@ -1,0 +1,123 @@
+"""Before first use on a device: is a kernel right there? Compilers have miscompiled this op.
+
+Forward and backward of a small ragged case are compared with the path without a kernel, on the
+device itself, once per kernel, kind of device, dtype and widths. A wrong result refuses the kernel.
+"""
+
+import concurrent.futures
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import devices, dispatch
+from pallas_kernels.hstu_attention import xla_blockwise
+from pallas_kernels.hstu_attention.layout import from_lengths
+from pallas_kernels.hstu_attention.mask import MaskRule
+
+_LENGTHS = np.array([300, 0, 3, 77], np.int32)
+_RULE = MaskRule(contextual_len=3, max_attn_len=150)
+_NUM_HEADS = 2
+# Largest error, relative to the largest value. Half types round scores once more than `xla` does:
+# a few units of 2^-8 (bfloat16) or 2^-11 (float16). A fault of the compiler is of order one.
+_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_verdicts: dict[tuple, str] = {}
+
+
+def require(
+    implementation: str,
+    attend: Callable[..., Float[Array, "R L H V"]],
+    device: devices.Device,
+    *,
+    dtype: np.dtype,
+    qk_dim: int,
+    v_dim: int,
+) -> None:
+    """Refuses a kernel that is wrong on this device; the answer is remembered.
+
+    Args:
+        implementation: name of the kernel.
+        attend: the kernel, with the signature of `xla_blockwise.hstu_attention`.
+        device: where it is to run; present.
+        dtype: of q, k and v.
+        qk_dim: K.
+        v_dim: V.
+
+    Raises:
+        UnsupportedByKernel: a wrong result, or the kernel did not compile or run; names device,
+            driver and versions.
+    """
+    key = (implementation, device.kind, jnp.dtype(dtype).name, qk_dim, v_dim)
+    if key not in _verdicts:
+        check = functools.partial(_verdict, attend, dtype, qk_dim, v_dim)
+        # In a thread of its own: the caller is usually inside a trace (jit, grad, shard_map),
+        # which would swallow the computation, and that state belongs to its thread.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            _verdicts[key] = pool.submit(check).result()
+    if _verdicts[key]:
+        raise dispatch.UnsupportedByKernel(
+            f"implementation={implementation!r}: refused by its self-check on this device, "
+            f"{key[2]}, widths {qk_dim} and {v_dim}: {_verdicts[key]} ({_versions(device)}); use "
+            "'xla', and report this."
+        )
+
+
+def _verdict(attend, dtype, qk_dim, v_dim):
+    """What is wrong, or an empty string."""
+    expected = _results(xla_blockwise.hstu_attention, dtype, qk_dim, v_dim)
+    try:
+        actual = _results(attend, dtype, qk_dim, v_dim)
+    except Exception as error:  # whatever a compiler or driver may raise is a reason to refuse
+        return f"{type(error).__name__}: {str(error)[:500]}"
+    tolerance = _TOLERANCE[jnp.dtype(dtype).name]
+    for name, a, e in zip(("o", "dq", "dk", "dv"), actual, expected, strict=True):
+        error = float(np.abs(a - e).max() / np.abs(e).max())
+        if not error <= tolerance:  # NaN is wrong too
+            return f"largest error of {name} is {error:.3g} of the largest value"
+    return ""
+
+
+def _results(attend, dtype, qk_dim, v_dim):
+    """o, dq, dk, dv of the small case in float32, computed on the device."""
+    layout = from_lengths(_LENGTHS, row_len=int(_LENGTHS.max()), rule=_RULE)
+    rng = np.random.default_rng(0)
+    shape = (len(_LENGTHS), layout.row_len, _NUM_HEADS)
+    widths = (qk_dim, qk_dim, v_dim, v_dim)
+    values = [rng.standard_normal((*shape, width), dtype=np.float32) for width in widths]
+
+    @jax.jit
+    def run(q, k, v, g):
+        call = functools.partial(
+            attend, layout=layout, rule=_RULE, alpha=2 * qk_dim**-0.5, divisor=32.0
+        )
+        output, vjp = jax.vjp(call, q, k, v)
+        return output, *vjp(g)
+
+    return [np.asarray(x, np.float32) for x in run(*(jnp.asarray(x, dtype) for x in values))]
+
+
+def _versions(device):
+    return (
+        f"device {device.kind}, driver {_driver_version()}, jax {jax.__version__}, jaxlib "
+        f"{jaxlib.__version__}, compiler {_platform_version(device.platform)}"
+    )
+
+
+def _platform_version(platform):
+    client = jax.local_devices(backend=platform)[0].client
+    return " ".join(client.platform_version.split())
+
+
+def _driver_version():
+    try:
+        lines = pathlib.Path("/proc/driver/nvidia/version").read_text("utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu ..."
+    words = lines[0].partition("Kernel Module")[2].split() if lines else []
+    return words[0] if words else "unknown"
