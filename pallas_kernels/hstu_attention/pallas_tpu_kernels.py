@@ -1,0 +1,292 @@
+"""The three TPU kernels of HSTU attention: output, gradient of q, gradients of k and v.
+
+Each walks a list of tile pairs that is prefetched into scalar memory, so the tiles of the next step
+are under way while one is computed and no other tile is ever read. Scores stand transposed, keys
+down and queries across: the mask bounds of the queries are then one row that spreads over all keys,
+and k and v get their gradients without a transpose. Arrays come from `pallas_tpu.py`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.hstu_attention.pallas_tpu_schedule import TileSchedule
+from pallas_kernels.hstu_attention.pallas_tpu_tiles import Tiles
+
+
+def forward(
+    q: Float[Array, "R H P K"],
+    k: Float[Array, "R H P K"],
+    v: Float[Array, "R H P V"],
+    intervals: Int[Array, "R T I B"],
+    *,
+    schedule: TileSchedule,
+    tiles: Tiles,
+    alpha: float,
+    divisor: float,
+    interpret: bool,
+) -> Float[Array, "R H P V"]:
+    """Returns `o_i = sum_j M_ij silu(alpha <q_i, k_j>) / divisor v_j` of the scheduled tiles.
+
+    Args:
+        q: finite everywhere; P slots are T whole tiles and widths are whole lanes, here and below.
+        k: keys.
+        v: values.
+        intervals: start, end, start, end, ... of the keys of each slot's query.
+        schedule: the pairs to visit.
+        tiles: sizes of tiles.
+        alpha: factor of the logits.
+        divisor: what scores are divided by.
+        interpret: run the kernel as ordinary operations, on any platform.
+
+    Returns:
+        Outputs; query tiles that occur in no pair are not written and may hold anything.
+    """
+
+    def add(head, mask, queries, keys, totals):
+        (q_ref,), (k_ref, v_ref), (total_ref,) = queries, keys, totals
+        logits = alpha * _dot(k_ref[head], q_ref[head], 1, 1)
+        scores = jnp.where(mask, logits * jax.nn.sigmoid(logits), 0)
+        value = v_ref[head]
+        total_ref[head] += _dot(scores.astype(value.dtype), value, 0, 0)
+
+    (output,) = _visit(
+        add,
+        queries=(q,),
+        keys=(k, v),
+        intervals=intervals,
+        outputs=(v,),
+        scales=(1 / divisor,),
+        outer="query",
+        schedule=schedule,
+        tiles=tiles,
+        interpret=interpret,
+        name="hstu_attention_forward",
+    )
+    return output
+
+
+def backward_query(
+    q: Float[Array, "R H P K"],
+    k: Float[Array, "R H P K"],
+    v: Float[Array, "R H P V"],
+    cotangent: Float[Array, "R H P V"],
+    intervals: Int[Array, "R T I B"],
+    *,
+    schedule: TileSchedule,
+    tiles: Tiles,
+    alpha: float,
+    divisor: float,
+    interpret: bool,
+) -> Float[Array, "R H P K"]:
+    """Returns the gradient of q; `dq_i = alpha / divisor sum_j M_ij <g_i, v_j> silu'(x_ij) k_j`.
+
+    Arguments as of `forward`; query tiles that occur in no pair are not written.
+    """
+
+    def add(head, mask, queries, keys, totals):
+        (q_ref, g_ref), (k_ref, v_ref), (dq_ref,) = queries, keys, totals
+        key = k_ref[head]
+        _, dlogits = _scores(q_ref[head], key, v_ref[head], g_ref[head], mask, alpha)
+        dq_ref[head] += _dot(dlogits.astype(key.dtype), key, 0, 0)
+
+    (dq,) = _visit(
+        add,
+        queries=(q, cotangent),
+        keys=(k, v),
+        intervals=intervals,
+        outputs=(q,),
+        scales=(alpha / divisor,),
+        outer="query",
+        schedule=schedule,
+        tiles=tiles,
+        interpret=interpret,
+        name="hstu_attention_backward_query",
+    )
+    return dq
+
+
+def backward_key_value(
+    q: Float[Array, "R H P K"],
+    k: Float[Array, "R H P K"],
+    v: Float[Array, "R H P V"],
+    cotangent: Float[Array, "R H P V"],
+    intervals: Int[Array, "R T I B"],
+    *,
+    schedule: TileSchedule,
+    tiles: Tiles,
+    alpha: float,
+    divisor: float,
+    interpret: bool,
+) -> tuple[Float[Array, "R H P K"], Float[Array, "R H P V"]]:
+    """Returns the gradients of k and v.
+
+    `dk_j = alpha / divisor sum_i M_ij <g_i, v_j> silu'(x_ij) q_i` and
+    `dv_j = 1 / divisor sum_i M_ij silu(x_ij) g_i`, with `x_ij = alpha <q_i, k_j>`. Arguments as of
+    `forward`; key tiles that occur in no pair are not written.
+    """
+
+    def add(head, mask, queries, keys, totals):
+        (q_ref, g_ref), (k_ref, v_ref), (dk_ref, dv_ref) = queries, keys, totals
+        query, cotangent = q_ref[head], g_ref[head]
+        scores, dlogits = _scores(query, k_ref[head], v_ref[head], cotangent, mask, alpha)
+        dk_ref[head] += _dot(dlogits.astype(query.dtype), query, 1, 0)
+        dv_ref[head] += _dot(scores.astype(query.dtype), cotangent, 1, 0)
+
+    return _visit(
+        add,
+        queries=(q, cotangent),
+        keys=(k, v),
+        intervals=intervals,
+        outputs=(k, v),
+        scales=(alpha / divisor, 1 / divisor),
+        outer="key",
+        schedule=schedule,
+        tiles=tiles,
+        interpret=interpret,
+        name="hstu_attention_backward_key_value",
+    )
+
+
+def _scores(query, key, value, cotangent, mask, alpha):
+    """Scores and gradients of the logits, [key, query], both without 1 / divisor."""
+    logits = alpha * _dot(key, query, 1, 1)
+    gate = jax.nn.sigmoid(logits)
+    scores = logits * gate
+    # d silu(x) / dx = sigmoid(x) + silu(x) (1 - sigmoid(x))
+    dlogits = _dot(value, cotangent, 1, 1) * (gate + scores * (1 - gate))
+    # Selected, not multiplied: a product of two users' values may overflow.
+    return jnp.where(mask, scores, 0), jnp.where(mask, dlogits, 0)
+
+
+def _dot(left, right, left_axis, right_axis):
+    """Product of two tiles over one axis of each, in float32."""
+    # One pass of the matrix unit rounds float32 to bfloat16; bfloat16 is exact in one.
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return lax.dot_general(
+        left,
+        right,
+        (((left_axis,), (right_axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _visit(
+    add: Callable,
+    *,
+    queries: Sequence,
+    keys: Sequence,
+    intervals: Array,
+    outputs: Sequence,
+    scales: Sequence[float],
+    outer: str,
+    schedule: TileSchedule,
+    tiles: Tiles,
+    interpret: bool,
+    name: str,
+):
+    """Runs `add(head, mask, queries, keys, totals)` for all scheduled pairs and heads.
+
+    Pairs with one outer tile follow each other; their totals stay on the chip and are written once,
+    times `scales`. So sums have one order, whatever runs them.
+    """
+    num_heads = queries[0].shape[1]
+    bits, heads, block_len = schedule.tile_bits, tiles.heads_per_step, tiles.block_len
+    is_outer_query = outer == "query"
+
+    def tile_of(step, pairs_ref, *, of_query):
+        pair = pairs_ref[step]
+        tile = pair >> bits if of_query == is_outer_query else pair
+        return pair >> (2 * bits), tile & ((1 << bits) - 1)
+
+    def token_spec(array, *, of_query):
+        def index(group, step, pairs_ref, count_ref):
+            row, tile = tile_of(step, pairs_ref, of_query=of_query)
+            return row, group, tile, 0
+
+        return pl.BlockSpec((None, heads, block_len, array.shape[3]), index)
+
+    def interval_index(group, step, pairs_ref, count_ref):
+        return *tile_of(step, pairs_ref, of_query=True), 0, 0
+
+    def kernel(pairs_ref, count_ref, *refs):
+        step, count = pl.program_id(1), count_ref[0]
+        ends = [len(queries), len(queries) + len(keys), len(queries) + len(keys) + 1]
+        query_refs, key_refs = refs[: ends[0]], refs[ends[0] : ends[1]]
+        interval_ref, output_refs = refs[ends[1]], refs[ends[2] : ends[2] + len(outputs)]
+        total_refs = refs[ends[2] + len(outputs) :]
+
+        # Without any pair there still is one step, which does nothing.
+        @pl.when(step < count)
+        def _():
+            run = pairs_ref[step] >> bits
+            before, after = jnp.maximum(step - 1, 0), jnp.minimum(step + 1, count - 1)
+
+            @pl.when((step == 0) | (pairs_ref[before] >> bits != run))
+            def _():
+                for total_ref in total_refs:
+                    total_ref[...] = jnp.zeros_like(total_ref)
+
+            _, key_tile = tile_of(step, pairs_ref, of_query=False)
+            mask = _tile_mask(interval_ref, key_tile * block_len, block_len)
+            for head in range(heads):
+                add(head, mask, query_refs, key_refs, total_refs)
+
+            @pl.when((step == count - 1) | (pairs_ref[after] >> bits != run))
+            def _():
+                for output_ref, total_ref, scale in zip(
+                    output_refs, total_refs, scales, strict=True
+                ):
+                    output_ref[...] = (total_ref[...] * scale).astype(output_ref.dtype)
+
+    of_queries, of_keys = (
+        [functools.partial(token_spec, of_query=of_query)(array) for array in arrays]
+        for of_query, arrays in ((True, queries), (False, keys))
+    )
+    num_steps = jnp.maximum(schedule.count[0], 1)
+    results = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            # As many steps as pairs: a batch of short histories runs fewer steps of one program.
+            grid=(num_heads // heads, num_steps),
+            in_specs=[
+                *of_queries,
+                *of_keys,
+                pl.BlockSpec((None, None, *intervals.shape[2:]), interval_index),
+            ],
+            out_specs=[token_spec(array, of_query=is_outer_query) for array in outputs],
+            scratch_shapes=[
+                pltpu.VMEM((heads, block_len, array.shape[3]), jnp.float32) for array in outputs
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in outputs],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name=name,
+    )(
+        schedule.by_query if is_outer_query else schedule.by_key,
+        schedule.count,
+        *queries,
+        *keys,
+        intervals,
+    )
+    return tuple(results)
+
+
+def _tile_mask(interval_ref, first_key, block_len):
+    """Mask of one tile, [key, query]."""
+    key = first_key + lax.broadcasted_iota(jnp.int32, (block_len, block_len), 0)
+    mask = None
+    for index in range(0, interval_ref.shape[0], 2):
+        start, end = interval_ref[index : index + 1, :], interval_ref[index + 1 : index + 2, :]
+        is_inside = (key >= start) & (key < end)
+        mask = is_inside if mask is None else mask | is_inside
+    return mask
