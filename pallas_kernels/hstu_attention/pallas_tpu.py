@@ -151,7 +151,9 @@ def _attend_forward(q, k, v, layout, num_targets, options):
     segment = token_segments(layout)
     schedule, intervals, settings = _prepare(segment, layout, num_targets, options)
     q_tiles, k_tiles, v_tiles = (_to_tiles(x, segment, options.tiles) for x in (q, k, v))
-    tiles = pallas_tpu_kernels.forward(q_tiles, k_tiles, v_tiles, intervals, **settings)
+    tiles = pallas_tpu_kernels.forward(
+        q_tiles, k_tiles, v_tiles, intervals, schedule.by_query, schedule.count, **settings
+    )
     is_bad = poisoned_segments(segment, q, k, v, num_segments=layout.starts.shape[0])
     output = _from_tiles(tiles, schedule.has_queries, v, _at_tokens(is_bad, segment))
     # Beyond the inputs almost nothing is kept: scores are cheap to rebuild, and quadratic.
@@ -163,8 +165,12 @@ def _attend_backward(options, residuals, cotangent):
     segment = token_segments(layout)
     schedule, intervals, settings = _prepare(segment, layout, num_targets, options)
     arrays = [_to_tiles(x, segment, options.tiles) for x in (q, k, v, cotangent)]
-    dq = pallas_tpu_kernels.backward_query(*arrays, intervals, **settings)
-    dk, dv = pallas_tpu_kernels.backward_key_value(*arrays, intervals, **settings)
+    dq = pallas_tpu_kernels.backward_query(
+        *arrays, intervals, schedule.by_query, schedule.count, **settings
+    )
+    dk, dv = pallas_tpu_kernels.backward_key_value(
+        *arrays, intervals, schedule.by_key, schedule.count, **settings
+    )
     is_bad |= poisoned_segments(segment, cotangent, num_segments=is_bad.shape[0])
     is_bad_token = _at_tokens(is_bad, segment)
     gradients = (
@@ -191,7 +197,7 @@ def _prepare(segment, layout, num_targets, options):
     bounds = [_pad(bound[:, : layout.row_len], 1, block_len) for bound in bounds]
     intervals = jnp.stack([x.reshape(layout.num_rows, -1, block_len) for x in bounds], axis=2)
     settings = dict(
-        schedule=schedule,
+        tile_bits=schedule.tile_bits,
         tiles=options.tiles,
         alpha=options.alpha,
         divisor=options.divisor,
@@ -207,6 +213,7 @@ def _pad(array, axis, multiple):
     return jnp.pad(array, widths)
 
 
+@functools.partial(jax.jit, static_argnames="tiles")
 def _to_tiles(
     array: Float[Array, "R L H W"], segment: Int[Array, "R L"], tiles: Tiles
 ) -> Float[Array, "R H P X"]:
@@ -216,6 +223,7 @@ def _to_tiles(
     return _pad(_pad(array, 2, tiles.block_len), 3, pallas_tpu_tiles.LANES)
 
 
+@jax.jit
 def _from_tiles(
     array: Float[Array, "R H P X"],
     is_written: Bool[Array, "R T"],

@@ -16,17 +16,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hstu_attention.pallas_tpu_schedule import TileSchedule
 from pallas_kernels.hstu_attention.pallas_tpu_tiles import Tiles
 
+# Compiled by themselves, so that layers and masks of one shape share a trace.
+_jit = functools.partial(
+    jax.jit, static_argnames=("tile_bits", "tiles", "alpha", "divisor", "interpret")
+)
 
+
+@_jit
 def forward(
     q: Float[Array, "R H P K"],
     k: Float[Array, "R H P K"],
     v: Float[Array, "R H P V"],
     intervals: Int[Array, "R T I B"],
+    pairs: Int[Array, "N"],
+    count: Int[Array, "1"],
     *,
-    schedule: TileSchedule,
+    tile_bits: int,
     tiles: Tiles,
     alpha: float,
     divisor: float,
@@ -39,7 +46,9 @@ def forward(
         k: keys.
         v: values.
         intervals: start, end, start, end, ... of the keys of each slot's query.
-        schedule: the pairs to visit.
+        pairs: the pairs of tiles to visit (`TileSchedule`), here in the order of `by_query`.
+        count: how many of them.
+        tile_bits: of the pairs.
         tiles: sizes of tiles.
         alpha: factor of the logits.
         divisor: what scores are divided by.
@@ -64,7 +73,9 @@ def forward(
         outputs=(v,),
         scales=(1 / divisor,),
         outer="query",
-        schedule=schedule,
+        pairs=pairs,
+        count=count,
+        tile_bits=tile_bits,
         tiles=tiles,
         interpret=interpret,
         name="hstu_attention_forward",
@@ -72,14 +83,17 @@ def forward(
     return output
 
 
+@_jit
 def backward_query(
     q: Float[Array, "R H P K"],
     k: Float[Array, "R H P K"],
     v: Float[Array, "R H P V"],
     cotangent: Float[Array, "R H P V"],
     intervals: Int[Array, "R T I B"],
+    pairs: Int[Array, "N"],
+    count: Int[Array, "1"],
     *,
-    schedule: TileSchedule,
+    tile_bits: int,
     tiles: Tiles,
     alpha: float,
     divisor: float,
@@ -87,7 +101,7 @@ def backward_query(
 ) -> Float[Array, "R H P K"]:
     """Returns the gradient of q; `dq_i = alpha / divisor sum_j M_ij <g_i, v_j> silu'(x_ij) k_j`.
 
-    Arguments as of `forward`; query tiles that occur in no pair are not written.
+    Arguments as of `forward`, pairs `by_query`; query tiles that occur in no pair are not written.
     """
 
     def add(head, mask, queries, keys, totals):
@@ -104,7 +118,9 @@ def backward_query(
         outputs=(q,),
         scales=(alpha / divisor,),
         outer="query",
-        schedule=schedule,
+        pairs=pairs,
+        count=count,
+        tile_bits=tile_bits,
         tiles=tiles,
         interpret=interpret,
         name="hstu_attention_backward_query",
@@ -112,14 +128,17 @@ def backward_query(
     return dq
 
 
+@_jit
 def backward_key_value(
     q: Float[Array, "R H P K"],
     k: Float[Array, "R H P K"],
     v: Float[Array, "R H P V"],
     cotangent: Float[Array, "R H P V"],
     intervals: Int[Array, "R T I B"],
+    pairs: Int[Array, "N"],
+    count: Int[Array, "1"],
     *,
-    schedule: TileSchedule,
+    tile_bits: int,
     tiles: Tiles,
     alpha: float,
     divisor: float,
@@ -129,7 +148,7 @@ def backward_key_value(
 
     `dk_j = alpha / divisor sum_i M_ij <g_i, v_j> silu'(x_ij) q_i` and
     `dv_j = 1 / divisor sum_i M_ij silu(x_ij) g_i`, with `x_ij = alpha <q_i, k_j>`. Arguments as of
-    `forward`; key tiles that occur in no pair are not written.
+    `forward`, but pairs `by_key`; key tiles that occur in no pair are not written.
     """
 
     def add(head, mask, queries, keys, totals):
@@ -147,7 +166,9 @@ def backward_key_value(
         outputs=(k, v),
         scales=(alpha / divisor, 1 / divisor),
         outer="key",
-        schedule=schedule,
+        pairs=pairs,
+        count=count,
+        tile_bits=tile_bits,
         tiles=tiles,
         interpret=interpret,
         name="hstu_attention_backward_key_value",
@@ -187,7 +208,9 @@ def _visit(
     outputs: Sequence,
     scales: Sequence[float],
     outer: str,
-    schedule: TileSchedule,
+    pairs: Array,
+    count: Array,
+    tile_bits: int,
     tiles: Tiles,
     interpret: bool,
     name: str,
@@ -198,7 +221,7 @@ def _visit(
     times `scales`. So sums have one order, whatever runs them.
     """
     num_heads = queries[0].shape[1]
-    bits, heads, block_len = schedule.tile_bits, tiles.heads_per_step, tiles.block_len
+    bits, heads, block_len = tile_bits, tiles.heads_per_step, tiles.block_len
     is_outer_query = outer == "query"
 
     def tile_of(step, pairs_ref, *, of_query):
@@ -217,17 +240,17 @@ def _visit(
         return *tile_of(step, pairs_ref, of_query=True), 0, 0
 
     def kernel(pairs_ref, count_ref, *refs):
-        step, count = pl.program_id(1), count_ref[0]
+        step, num_pairs = pl.program_id(1), count_ref[0]
         ends = [len(queries), len(queries) + len(keys), len(queries) + len(keys) + 1]
         query_refs, key_refs = refs[: ends[0]], refs[ends[0] : ends[1]]
         interval_ref, output_refs = refs[ends[1]], refs[ends[2] : ends[2] + len(outputs)]
         total_refs = refs[ends[2] + len(outputs) :]
 
         # Without any pair there still is one step, which does nothing.
-        @pl.when(step < count)
+        @pl.when(step < num_pairs)
         def _():
             run = pairs_ref[step] >> bits
-            before, after = jnp.maximum(step - 1, 0), jnp.minimum(step + 1, count - 1)
+            before, after = jnp.maximum(step - 1, 0), jnp.minimum(step + 1, num_pairs - 1)
 
             @pl.when((step == 0) | (pairs_ref[before] >> bits != run))
             def _():
@@ -239,7 +262,7 @@ def _visit(
             for head in range(heads):
                 add(head, mask, query_refs, key_refs, total_refs)
 
-            @pl.when((step == count - 1) | (pairs_ref[after] >> bits != run))
+            @pl.when((step == num_pairs - 1) | (pairs_ref[after] >> bits != run))
             def _():
                 for output_ref, total_ref, scale in zip(
                     output_refs, total_refs, scales, strict=True
@@ -250,7 +273,7 @@ def _visit(
         [functools.partial(token_spec, of_query=of_query)(array) for array in arrays]
         for of_query, arrays in ((True, queries), (False, keys))
     )
-    num_steps = jnp.maximum(schedule.count[0], 1)
+    num_steps = jnp.maximum(count[0], 1)
     results = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -272,8 +295,8 @@ def _visit(
         interpret=interpret,
         name=name,
     )(
-        schedule.by_query if is_outer_query else schedule.by_key,
-        schedule.count,
+        pairs,
+        count,
         *queries,
         *keys,
         intervals,

@@ -6,7 +6,9 @@ Tile sizes are chosen in `pallas_tpu_tiles.py`, the kernels are in `pallas_tpu_k
 """
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -67,16 +69,7 @@ def build_tile_schedule(layout: SequenceLayout, *, block_len: int) -> TileSchedu
             f"of tiles of {block_len}, more than the {MAX_PAIRS} that fit in scalar memory; give "
             "fewer rows at a time, or use 'xla'."
         )
-    is_visited = _visited_tiles(layout, block_len, num_tiles, reach)
-    count = is_visited.sum(dtype=jnp.int32)
-    return TileSchedule(
-        by_query=_list_pairs(is_visited, count, capacity, tile_bits),
-        by_key=_list_pairs(jnp.swapaxes(is_visited, 1, 2), count, capacity, tile_bits),
-        count=count[None],
-        has_queries=is_visited.any(axis=2),
-        has_keys=is_visited.any(axis=1),
-        tile_bits=tile_bits,
-    )
+    return TileSchedule(**_list_tiles(layout, block_len, capacity, tile_bits), tile_bits=tile_bits)
 
 
 def _tiles_per_block(layout_block_len, block_len):
@@ -88,9 +81,25 @@ def _tiles_per_block(layout_block_len, block_len):
     return (layout_block_len + block_len - 2) // block_len + 1
 
 
-def _visited_tiles(layout, block_len, num_tiles, reach):
+@functools.partial(jax.jit, static_argnames=("block_len", "capacity", "tile_bits"))
+def _list_tiles(layout, block_len, capacity, tile_bits):
+    """Arrays of the schedule; all layers of a model share this computation."""
+    is_visited = _visited_tiles(layout, block_len)
+    count = is_visited.sum(dtype=jnp.int32)
+    return dict(
+        by_query=_list_pairs(is_visited, count, capacity, tile_bits),
+        by_key=_list_pairs(jnp.swapaxes(is_visited, 1, 2), count, capacity, tile_bits),
+        count=count[None],
+        has_queries=is_visited.any(axis=2),
+        has_keys=is_visited.any(axis=1),
+    )
+
+
+def _visited_tiles(layout, block_len):
     """True for (row, query tile, key tile) that hold a part of a scheduled pair of blocks."""
-    pairs, counts = jnp.asarray(layout.block_pairs), jnp.asarray(layout.num_block_pairs)
+    num_tiles = -(-layout.row_len // block_len)
+    reach = _tiles_per_block(layout.block_len, block_len)
+    pairs, counts = layout.block_pairs, layout.num_block_pairs
     is_valid = jnp.arange(pairs.shape[1])[None] < counts[:, None]
     row, *blocks = (pairs[..., axis].reshape(-1) for axis in range(3))
     first = [block * layout.block_len // block_len for block in blocks]

@@ -69,9 +69,7 @@ def padded_width(width: int) -> int:
     return -(-width // LANES) * LANES
 
 
-def vmem_bytes(
-    tiles: Tiles, *, qk_dim: int, v_dim: int, dtype: jnp.dtype | np.dtype | type
-) -> int:
+def vmem_bytes(tiles: Tiles, *, qk_dim: int, v_dim: int, dtype: jnp.dtype | np.dtype | type) -> int:
     """Estimates the on-chip memory of the backward kernel of keys and values, the largest one.
 
     Args:
