@@ -101,17 +101,19 @@ def _visited_tiles(layout, block_len):
     reach = _tiles_per_block(layout.block_len, block_len)
     pairs, counts = layout.block_pairs, layout.num_block_pairs
     is_valid = jnp.arange(pairs.shape[1])[None] < counts[:, None]
-    row, *blocks = (pairs[..., axis].reshape(-1) for axis in range(3))
-    first = [block * layout.block_len // block_len for block in blocks]
-    last = [((block + 1) * layout.block_len - 1) // block_len for block in blocks]
+    row, *blocks = (pairs[..., axis].reshape(1, 1, -1) for axis in range(3))
+    # All tiles that a block may lie in, [query, key, pair]; the last block of a row may reach
+    # beyond the row. What is not hit goes to a row that the scatter drops.
+    offset = jnp.arange(reach)
+    query, key = (
+        block * layout.block_len // block_len + step
+        for block, step in zip(blocks, (offset[:, None, None], offset[None, :, None]), strict=True)
+    )
+    last_query, last_key = (((b + 1) * layout.block_len - 1) // block_len for b in blocks)
+    is_hit = is_valid.reshape(1, 1, -1) & (query <= last_query) & (key <= last_key)
+    target = (jnp.where(is_hit, row, layout.num_rows), *jnp.broadcast_arrays(query, key))
     is_visited = jnp.zeros((layout.num_rows, num_tiles, num_tiles), bool)
-    for step in range(reach**2):
-        query, key = first[0] + step // reach, first[1] + step % reach
-        # The last block of a row may reach beyond the row: the scatter drops such tiles.
-        is_hit = is_valid.reshape(-1) & (query <= last[0]) & (key <= last[1])
-        target = jnp.where(is_hit, row, layout.num_rows)
-        is_visited = is_visited.at[target, query, key].set(True, mode="drop")
-    return is_visited
+    return is_visited.at[target].set(True, mode="drop")
 
 
 def _list_pairs(is_visited, count, capacity, tile_bits):
