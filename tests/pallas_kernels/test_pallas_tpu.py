@@ -117,7 +117,7 @@ def test_error_is_at_most_twice_that_of_xla(name):
 
 @pytest.mark.parametrize("variant", ["no mask", "linear activation", "unscaled logits"])
 def test_wrong_variant_is_caught(variant, monkeypatch):
-    changes = {}
+    case, built, (q, k, v, g), expected = _case("packed_context")
     if variant == "no mask":
         monkeypatch.setattr(
             pallas_tpu_kernels, "_tile_mask", lambda ref, key, size: jnp.full((size, size), True)
@@ -125,14 +125,13 @@ def test_wrong_variant_is_caught(variant, monkeypatch):
     elif variant == "linear activation":
         monkeypatch.setattr(jax.nn, "sigmoid", lambda x: jnp.full(x.shape, 0.5, x.dtype))
     else:
-        changes["alpha"] = 1.0
-    # Sizes that no other test has, so that the wrong kernel is neither taken from a cache nor left
-    # in one for others.
-    changes["tiles"] = Tiles(9 + len(variant), heads_per_step=1)
-    results = _run_case("packed_context", **changes)
-    for name, result, expected in zip(NAMES, results, _case("packed_context")[3], strict=True):
+        q = q / np.float32(ALPHA)
+    # Sizes that no other test has: a wrong kernel is neither taken from a cache nor left in one.
+    tiles = TILES if variant == "unscaled logits" else Tiles(9 + len(variant), heads_per_step=1)
+    results = _run(case, built, (q, k, v, g), tiles=tiles)
+    for name, result, e in zip(NAMES, results, expected, strict=True):
         with pytest.raises(AssertionError):
-            _assert_one_close(name, result, expected)
+            _assert_one_close(name, result, e)
 
 
 def test_another_rule_gives_another_result():
@@ -206,6 +205,7 @@ def test_overflow_between_segments_changes_nothing():
         np.testing.assert_array_equal(after[is_other], before[is_other])
 
 
+@pytest.mark.long
 def test_tiles_do_not_change_the_result():
     """Head groups and tile lengths are cuts of the work, not of the formula."""
     results = _run_case("packed_context", tiles=Tiles(128, heads_per_step=1))
