@@ -7,6 +7,7 @@ and k and v get their gradients without a transpose. Arrays come from `pallas_tp
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -158,7 +159,7 @@ def backward_key_value(
         dk_ref[head] += _dot(dlogits.astype(query.dtype), query, 1, 0)
         dv_ref[head] += _dot(scores.astype(query.dtype), cotangent, 1, 0)
 
-    return _visit(
+    dk, dv = _visit(
         add,
         queries=(q, cotangent),
         keys=(k, v),
@@ -173,6 +174,7 @@ def backward_key_value(
         interpret=interpret,
         name="hstu_attention_backward_key_value",
     )
+    return dk, dv
 
 
 def _scores(query, key, value, cotangent, mask, alpha):
@@ -188,8 +190,9 @@ def _scores(query, key, value, cotangent, mask, alpha):
 
 def _dot(left, right, left_axis, right_axis):
     """Product of two tiles over one axis of each, in float32."""
-    # One pass of the matrix unit rounds float32 to bfloat16; bfloat16 is exact in one.
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    # One pass of the matrix unit rounds float32 to bfloat16; bfloat16 is exact in one, and Mosaic
+    # refuses more for it (which jax.default_matmul_precision may ask for).
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         left,
         right,
@@ -220,72 +223,40 @@ def _visit(
     Pairs with one outer tile follow each other; their totals stay on the chip and are written once,
     times `scales`. So sums have one order, whatever runs them.
     """
-    num_heads = queries[0].shape[1]
-    bits, heads, block_len = tile_bits, tiles.heads_per_step, tiles.block_len
+    heads, block_len = tiles.heads_per_step, tiles.block_len
     is_outer_query = outer == "query"
 
-    def tile_of(step, pairs_ref, *, of_query):
-        pair = pairs_ref[step]
-        tile = pair >> bits if of_query == is_outer_query else pair
-        return pair >> (2 * bits), tile & ((1 << bits) - 1)
-
-    def token_spec(array, *, of_query):
+    def token_spec(array, *, is_outer):
         def index(group, step, pairs_ref, count_ref):
-            row, tile = tile_of(step, pairs_ref, of_query=of_query)
+            row, tile = _row_and_tile(pairs_ref[step], tile_bits, is_outer=is_outer)
             return row, group, tile, 0
 
         return pl.BlockSpec((None, heads, block_len, array.shape[3]), index)
 
     def interval_index(group, step, pairs_ref, count_ref):
-        return *tile_of(step, pairs_ref, of_query=True), 0, 0
+        return *_row_and_tile(pairs_ref[step], tile_bits, is_outer=is_outer_query), 0, 0
 
-    def kernel(pairs_ref, count_ref, *refs):
-        step, num_pairs = pl.program_id(1), count_ref[0]
-        ends = [len(queries), len(queries) + len(keys), len(queries) + len(keys) + 1]
-        query_refs, key_refs = refs[: ends[0]], refs[ends[0] : ends[1]]
-        interval_ref, output_refs = refs[ends[1]], refs[ends[2] : ends[2] + len(outputs)]
-        total_refs = refs[ends[2] + len(outputs) :]
-
-        # Without any pair there still is one step, which does nothing.
-        @pl.when(step < num_pairs)
-        def _():
-            run = pairs_ref[step] >> bits
-            before, after = jnp.maximum(step - 1, 0), jnp.minimum(step + 1, num_pairs - 1)
-
-            @pl.when((step == 0) | (pairs_ref[before] >> bits != run))
-            def _():
-                for total_ref in total_refs:
-                    total_ref[...] = jnp.zeros_like(total_ref)
-
-            _, key_tile = tile_of(step, pairs_ref, of_query=False)
-            mask = _tile_mask(interval_ref, key_tile * block_len, block_len)
-            for head in range(heads):
-                add(head, mask, query_refs, key_refs, total_refs)
-
-            @pl.when((step == num_pairs - 1) | (pairs_ref[after] >> bits != run))
-            def _():
-                for output_ref, total_ref, scale in zip(
-                    output_refs, total_refs, scales, strict=True
-                ):
-                    output_ref[...] = (total_ref[...] * scale).astype(output_ref.dtype)
-
-    of_queries, of_keys = (
-        [functools.partial(token_spec, of_query=of_query)(array) for array in arrays]
-        for of_query, arrays in ((True, queries), (False, keys))
+    kernel = functools.partial(
+        _kernel,
+        add=add,
+        sizes=(len(queries), len(keys), 1, len(outputs), len(outputs)),
+        scales=scales,
+        tile_bits=tile_bits,
+        is_outer_query=is_outer_query,
     )
-    num_steps = jnp.maximum(count[0], 1)
-    results = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             # As many steps as pairs: a batch of short histories runs fewer steps of one program.
-            grid=(num_heads // heads, num_steps),
+            # Without any pair there is one step, which does nothing.
+            grid=(queries[0].shape[1] // heads, jnp.maximum(count[0], 1)),
             in_specs=[
-                *of_queries,
-                *of_keys,
+                *(token_spec(array, is_outer=is_outer_query) for array in queries),
+                *(token_spec(array, is_outer=not is_outer_query) for array in keys),
                 pl.BlockSpec((None, None, *intervals.shape[2:]), interval_index),
             ],
-            out_specs=[token_spec(array, of_query=is_outer_query) for array in outputs],
+            out_specs=[token_spec(array, is_outer=True) for array in outputs],
             scratch_shapes=[
                 pltpu.VMEM((heads, block_len, array.shape[3]), jnp.float32) for array in outputs
             ],
@@ -294,14 +265,45 @@ def _visit(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name=name,
-    )(
-        pairs,
-        count,
-        *queries,
-        *keys,
-        intervals,
+    )(pairs, count, *queries, *keys, intervals)
+
+
+def _row_and_tile(pair, tile_bits, *, is_outer):
+    """Row of a pair, and its outer or its inner tile."""
+    tile = pair >> tile_bits if is_outer else pair
+    return pair >> (2 * tile_bits), tile & ((1 << tile_bits) - 1)
+
+
+def _kernel(pairs_ref, count_ref, *refs, add, sizes, scales, tile_bits, is_outer_query):
+    """One grid step: the tiles of one pair, for a group of heads."""
+    step, count = pl.program_id(1), count_ref[0]
+    refs = iter(refs)
+    query_refs, key_refs, (interval_ref,), output_refs, total_refs = (
+        tuple(itertools.islice(refs, size)) for size in sizes
     )
-    return tuple(results)
+
+    @pl.when(step < count)
+    def _():
+        pair = pairs_ref[step]
+        before, after = jnp.maximum(step - 1, 0), jnp.minimum(step + 1, count - 1)
+        is_first = (step == 0) | (pairs_ref[before] >> tile_bits != pair >> tile_bits)
+        is_last = (step == count - 1) | (pairs_ref[after] >> tile_bits != pair >> tile_bits)
+
+        @pl.when(is_first)
+        def _():
+            for total_ref in total_refs:
+                total_ref[...] = jnp.zeros_like(total_ref)
+
+        num_heads, block_len, _ = query_refs[0].shape
+        _, key_tile = _row_and_tile(pair, tile_bits, is_outer=not is_outer_query)
+        mask = _tile_mask(interval_ref, key_tile * block_len, block_len)
+        for head in range(num_heads):
+            add(head, mask, query_refs, key_refs, total_refs)
+
+        @pl.when(is_last)
+        def _():
+            for output_ref, total_ref, scale in zip(output_refs, total_refs, scales, strict=True):
+                output_ref[...] = (total_ref[...] * scale).astype(output_ref.dtype)
 
 
 def _tile_mask(interval_ref, first_key, block_len):

@@ -17,6 +17,8 @@ from pallas_kernels.hstu_attention.layout import SequenceLayout
 
 # A list of this many pairs takes half of the scalar memory of a core (1 MiB from v4 on).
 MAX_PAIRS = 1 << 17
+# Larger than every pair, so that it is sorted behind them.
+_NONE = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +49,9 @@ class TileSchedule:
 def build_tile_schedule(layout: SequenceLayout, *, block_len: int) -> TileSchedule:
     """Returns the pairs of tiles that hold all pairs of blocks of the layout.
 
-    Pairs of all row groups are drawn into one map [R, tiles, tiles] and read back from it, once as
-    it is and once transposed: that compacts groups, drops doubles and sorts in both orders, in time
-    linear in the map, which has one entry for `block_len ** 2` scores.
+    Pairs of all row groups become numbers and are sorted, which drops doubles and what stands past
+    a group's count; the other order is one more sort. Sorts, because a TPU scatters one element
+    after the other.
 
     Args:
         layout: only its schedule is used; `layout.block_len` may be any size.
@@ -84,41 +86,57 @@ def _tiles_per_block(layout_block_len, block_len):
 @functools.partial(jax.jit, static_argnames=("block_len", "capacity", "tile_bits"))
 def _list_tiles(layout, block_len, capacity, tile_bits):
     """Arrays of the schedule; all layers of a model share this computation."""
-    is_visited = _visited_tiles(layout, block_len)
-    count = is_visited.sum(dtype=jnp.int32)
+    by_query = jnp.sort(_tile_pairs(layout, block_len, tile_bits))
+    is_double = jnp.pad(by_query[1:] == by_query[:-1], (1, 0))
+    by_query = jnp.sort(jnp.where(is_double, _NONE, by_query))[:capacity]
+    count = (by_query < _NONE).sum(dtype=jnp.int32)
+    mask = (1 << tile_bits) - 1
+    row, query, key = by_query >> 2 * tile_bits, by_query >> tile_bits & mask, by_query & mask
+    transposed = (row << 2 * tile_bits) + (key << tile_bits) + query
+    by_key = jnp.sort(jnp.where(by_query < _NONE, transposed, _NONE))
+    size = dict(num_rows=layout.num_rows, num_tiles=-(-layout.row_len // block_len))
     return dict(
-        by_query=_list_pairs(is_visited, count, capacity, tile_bits),
-        by_key=_list_pairs(jnp.swapaxes(is_visited, 1, 2), count, capacity, tile_bits),
+        by_query=_repeat_last(by_query, count),
+        by_key=_repeat_last(by_key, count),
         count=count[None],
-        has_queries=is_visited.any(axis=2),
-        has_keys=is_visited.any(axis=1),
+        has_queries=_occurring(by_query, tile_bits, **size),
+        has_keys=_occurring(by_key, tile_bits, **size),
     )
 
 
-def _visited_tiles(layout, block_len):
-    """True for (row, query tile, key tile) that hold a part of a scheduled pair of blocks."""
-    num_tiles = -(-layout.row_len // block_len)
+def _tile_pairs(layout, block_len, tile_bits):
+    """Pairs of tiles that hold a part of a scheduled pair of blocks, unsorted, with doubles."""
     reach = _tiles_per_block(layout.block_len, block_len)
     pairs, counts = layout.block_pairs, layout.num_block_pairs
     is_valid = jnp.arange(pairs.shape[1])[None] < counts[:, None]
     row, *blocks = (pairs[..., axis].reshape(1, 1, -1) for axis in range(3))
-    # All tiles that a block may lie in, [query, key, pair]; the last block of a row may reach
-    # beyond the row. What is not hit goes to a row that the scatter drops.
-    offset = jnp.arange(reach)
+    # All tiles that a block may lie in, [query, key, pair]; the last block of a row is cut.
+    offset = jnp.arange(reach, dtype=jnp.int32)
     query, key = (
         block * layout.block_len // block_len + step
         for block, step in zip(blocks, (offset[:, None, None], offset[None, :, None]), strict=True)
     )
-    last_query, last_key = (((b + 1) * layout.block_len - 1) // block_len for b in blocks)
+    last_query, last_key = (
+        (jnp.minimum((block + 1) * layout.block_len, layout.row_len) - 1) // block_len
+        for block in blocks
+    )
     is_hit = is_valid.reshape(1, 1, -1) & (query <= last_query) & (key <= last_key)
-    target = (jnp.where(is_hit, row, layout.num_rows), *jnp.broadcast_arrays(query, key))
-    is_visited = jnp.zeros((layout.num_rows, num_tiles, num_tiles), bool)
-    return is_visited.at[target].set(True, mode="drop")
+    numbers = (row << 2 * tile_bits) + (query << tile_bits) + key
+    listed = jnp.where(is_hit, numbers, _NONE).astype(jnp.int32).reshape(-1)
+    # One entry more, so that there is one if the layout has none.
+    return jnp.pad(listed, (0, 1), constant_values=_NONE)
 
 
-def _list_pairs(is_visited, count, capacity, tile_bits):
-    row, outer, inner = jnp.nonzero(is_visited, size=capacity, fill_value=0)
-    pairs = (row.astype(jnp.int32) << (2 * tile_bits)) + (outer << tile_bits) + inner
-    pairs = pairs.astype(jnp.int32)
+def _repeat_last(pairs, count):
     # A step that asks for the tiles of the step before moves nothing.
-    return jnp.where(jnp.arange(capacity) < count, pairs, pairs[jnp.maximum(count - 1, 0)])
+    last = jnp.where(count > 0, pairs[jnp.maximum(count - 1, 0)], 0)
+    return jnp.where(pairs < _NONE, pairs, last)
+
+
+def _occurring(pairs, tile_bits, *, num_rows, num_tiles):
+    """True for the outer tiles of a sorted list, [row, tile]."""
+    outer = pairs >> tile_bits
+    row, tile = jnp.arange(num_rows, dtype=jnp.int32), jnp.arange(num_tiles, dtype=jnp.int32)
+    wanted = (row[:, None] << tile_bits) + tile[None]
+    at = jnp.searchsorted(outer, wanted)
+    return outer[jnp.minimum(at, outer.shape[0] - 1)] == wanted
