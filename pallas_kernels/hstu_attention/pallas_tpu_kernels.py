@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.hstu_attention.pallas_tpu_tiles import Tiles
 
@@ -296,7 +296,7 @@ def _kernel(pairs_ref, count_ref, *refs, add, sizes, scales, tile_bits, is_outer
 
         num_heads, block_len, _ = query_refs[0].shape
         _, key_tile = _row_and_tile(pair, tile_bits, is_outer=not is_outer_query)
-        mask = _tile_mask(interval_ref, key_tile * block_len, block_len)
+        mask = tile_mask(interval_ref, key_tile * block_len, block_len)
         for head in range(num_heads):
             add(head, mask, query_refs, key_refs, total_refs)
 
@@ -306,8 +306,15 @@ def _kernel(pairs_ref, count_ref, *refs, add, sizes, scales, tile_bits, is_outer
                 output_ref[...] = (total_ref[...] * scale).astype(output_ref.dtype)
 
 
-def _tile_mask(interval_ref, first_key, block_len):
-    """Mask of one tile, [key, query]."""
+def tile_mask(interval_ref, first_key: Int[Array, ""], block_len: int) -> Bool[Array, "B B"]:
+    """Mask of one tile, [key, query], inside a kernel.
+
+    Args:
+        interval_ref: start, end, start, end, ... of the keys of each query of the tile, in slots of
+            its row.
+        first_key: slot of the tile's first key.
+        block_len: keys and queries of a tile.
+    """
     key = first_key + lax.broadcasted_iota(jnp.int32, (block_len, block_len), 0)
     mask = None
     for index in range(0, interval_ref.shape[0], 2):

@@ -30,7 +30,7 @@ _RATES = {
     "TPU7x": (1.15e15, 3.7e12),
 }
 _DEFAULT_KIND = "TPU v5e"
-# The Pallas documentation puts the cost of a grid step at about 0.35 microseconds.
+# What starting a grid step costs is an assumption, a few hundred cycles.
 _STEP_S = 0.35e-6
 # About 12 vector operations per score and kernel, 4 units of 8 x 128 lanes at some 1 GHz.
 _VECTOR_S = 12 / (4 * 8 * 128 * 1e9)

@@ -120,7 +120,7 @@ def test_wrong_variant_is_caught(variant, monkeypatch):
     case, built, (q, k, v, g), expected = _case("packed_context")
     if variant == "no mask":
         monkeypatch.setattr(
-            pallas_tpu_kernels, "_tile_mask", lambda ref, key, size: jnp.full((size, size), True)
+            pallas_tpu_kernels, "tile_mask", lambda ref, key, size: jnp.full((size, size), True)
         )
     elif variant == "linear activation":
         monkeypatch.setattr(jax.nn, "sigmoid", lambda x: jnp.full(x.shape, 0.5, x.dtype))
@@ -222,13 +222,13 @@ def test_computed_tiles_are_the_scheduled_ones(monkeypatch):
     """One visit for each scheduled pair and group of heads, in each kernel; nothing else."""
     _, built, _, _ = _case("packed")
     visits = []
-    tile_mask = pallas_tpu_kernels._tile_mask
+    tile_mask = pallas_tpu_kernels.tile_mask
 
     def counting(interval_ref, first_key, block_len):
         jax.debug.callback(lambda key: visits.append(int(key)), first_key)
         return tile_mask(interval_ref, first_key, block_len)
 
-    monkeypatch.setattr(pallas_tpu_kernels, "_tile_mask", counting)
+    monkeypatch.setattr(pallas_tpu_kernels, "tile_mask", counting)
     # A divisor that no other test has: see test_wrong_variant_is_caught.
     _run_case("packed", tiles=Tiles(8, heads_per_step=1), divisor=11.0)
     jax.effects_barrier()
