@@ -18,6 +18,7 @@ from pallas_kernels.hstu_attention import (
     layout,
     pallas_tpu,
     pallas_tpu_kernels,
+    reference,
     xla_blockwise,
 )
 from pallas_kernels.hstu_attention.mask import MaskRule
@@ -255,4 +256,17 @@ def test_a_pair_that_is_not_scheduled_is_not_computed():
     mask[1, 16:, :8] = False
     expected = oracle.attention(*arrays, mask, ALPHA, DIVISOR)
     for name, result, e in zip(NAMES, _run(case, changed, arrays), expected, strict=True):
+        _assert_one_close(name, result, e)
+
+
+@pytest.mark.long
+def test_tiles_of_a_tpu_with_long_rows():
+    """Chosen tiles (128 here), three to a row, two of them cut by segment ends."""
+    case = cases.Case("", ((290,), (130, 60, 100)), MaskRule(contextual_len=3), row_len=300)
+    built = cases.build_layout(case)
+    arrays = oracle.random_inputs(2, 300)
+    mask = np.asarray(reference.attention_mask(built, case.rule))
+    expected = dense.attention(*arrays, mask, ALPHA, 100.0)
+    results = _run(case, built, arrays, tiles=None, divisor=100.0)
+    for name, result, e in zip(NAMES, results, expected, strict=True):
         _assert_one_close(name, result, e)
