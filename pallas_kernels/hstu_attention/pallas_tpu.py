@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
@@ -34,7 +35,7 @@ class _Options:
     alpha: float
     divisor: float
     tiles: Tiles
-    interpret: bool
+    interpret: bool | pltpu.InterpretParams
 
 
 def hstu_attention(
@@ -47,7 +48,7 @@ def hstu_attention(
     alpha: float,
     divisor: float,
     num_targets: Int[Array, "S"] | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
     tiles: Tiles | None = None,
 ) -> Float[Array, "R L H V"]:
     """Returns what `api.hstu_attention` promises, for every rule, by kernels for TPU.
@@ -59,6 +60,7 @@ def hstu_attention(
     Args:
         q, k, v, layout, rule, alpha, divisor, num_targets: as of `api.hstu_attention`.
         interpret: run the kernels as ordinary XLA operations, on any platform: slow, for tests.
+            `pltpu.InterpretParams` simulates the memories and copies of a TPU, slower still.
         tiles: sizes of tiles; None = `pallas_tpu_tiles.choose_tiles` for the device. They do not
             depend on `layout.block_len`. Compiled code wants block lengths that are multiples
             of 128.

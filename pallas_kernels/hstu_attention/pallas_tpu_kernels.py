@@ -38,7 +38,7 @@ def forward(
     tiles: Tiles,
     alpha: float,
     divisor: float,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "R H P V"]:
     """Returns `o_i = sum_j M_ij silu(alpha <q_i, k_j>) / divisor v_j` of the scheduled tiles.
 
@@ -53,7 +53,8 @@ def forward(
         tiles: sizes of tiles.
         alpha: factor of the logits.
         divisor: what scores are divided by.
-        interpret: run the kernel as ordinary operations, on any platform.
+        interpret: run the kernel as ordinary operations, on any platform, or by the simulator of
+            a TPU's memories that `pltpu.InterpretParams` sets up.
 
     Returns:
         Outputs; query tiles that occur in no pair are not written and may hold anything.
@@ -98,7 +99,7 @@ def backward_query(
     tiles: Tiles,
     alpha: float,
     divisor: float,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "R H P K"]:
     """Returns the gradient of q; `dq_i = alpha / divisor sum_j M_ij <g_i, v_j> silu'(x_ij) k_j`.
 
@@ -143,7 +144,7 @@ def backward_key_value(
     tiles: Tiles,
     alpha: float,
     divisor: float,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> tuple[Float[Array, "R H P K"], Float[Array, "R H P V"]]:
     """Returns the gradients of k and v.
 
@@ -215,7 +216,7 @@ def _visit(
     count: Array,
     tile_bits: int,
     tiles: Tiles,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
     name: str,
 ):
     """Runs `add(head, mask, queries, keys, totals)` for all scheduled pairs and heads.
