@@ -1,6 +1,6 @@
 """The TPU kernels in interpret mode against the recorded numbers of the reference, op `hstu_mha`.
 
-Every suite replays two recordings, `-m long` all of them.
+Every suite replays one recording, `-m long` all of them.
 """
 
 import functools
@@ -83,13 +83,12 @@ def _assert_recorded(name, meta, arrays, rule):
         )
 
 
-def test_one_recording_with_a_prefix_and_one_semi_local(golden_dir):
-    first = {}
+def test_a_recording_with_prefix_and_semi_local_mask(golden_dir):
     for name, meta, arrays in _recorded(golden_dir):
-        if meta["contextual_seq_len"]:
-            first.setdefault(_rule(meta).is_semi_local, (name, meta, arrays))
-    for name, meta, arrays in first.values():
-        _assert_recorded(name, meta, arrays, _rule(meta))
+        if meta["contextual_seq_len"] and _rule(meta).is_semi_local:
+            _assert_recorded(name, meta, arrays, _rule(meta))
+            return
+    pytest.skip("no recorded case with contextual tokens and a semi-local mask")
 
 
 @pytest.mark.long
