@@ -233,9 +233,16 @@ class ModelConfig:
     # The model reads histories from oldest to newest. Rows that are stored the other way round are
     # turned where they are read, so False is refused here.
     sequence_timestamp_is_ascending: bool = True
-    # Of the attention. "auto" takes the fastest one of the device; the last one runs the GPU's
-    # kernels step by step anywhere, to find faults.
-    kernel: Literal["auto", "xla", "pallas_triton", "pallas_triton_interpret"] = "auto"
+    # Of the attention. "auto" takes the fastest one of the device; those that end in "_interpret"
+    # run the kernels step by step anywhere, to find faults.
+    kernel: Literal[
+        "auto",
+        "xla",
+        "pallas_triton",
+        "pallas_tpu",
+        "pallas_triton_interpret",
+        "pallas_tpu_interpret",
+    ] = "auto"
     # Not in the reference: "aligned" starts both towers in the item embedding's coordinates, which
     # learns from far less data (`hstu_jax/model/initialization.py`).
     initialization: Literal["reference", "aligned"] = "reference"

@@ -1,7 +1,8 @@
 """The one entry to HSTU attention: signatures, checks, choice of implementation.
 
 Nothing is computed here. `reference.py` says what is right; `xla_blockwise.py` and `last_query.py`
-run everywhere, `pallas_triton.py` on GPUs. Layouts and mask rules are in `layout.py` and `mask.py`.
+run everywhere, `pallas_triton.py` on GPUs and `pallas_tpu.py` on TPUs. Layouts and mask rules are
+in `layout.py` and `mask.py`.
 """
 
 import functools
@@ -12,17 +13,33 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks, devices, dispatch
-from pallas_kernels.hstu_attention import last_query, pallas_triton, reference, xla_blockwise
+from pallas_kernels.hstu_attention import (
+    last_query,
+    pallas_tpu,
+    pallas_triton,
+    reference,
+    xla_blockwise,
+)
 from pallas_kernels.hstu_attention.layout import SequenceLayout, check_segments
 from pallas_kernels.hstu_attention.mask import MaskRule
 
-Implementation = Literal["auto", "xla", "reference", "pallas_triton", "pallas_triton_interpret"]
+Implementation = Literal[
+    "auto",
+    "xla",
+    "reference",
+    "pallas_triton",
+    "pallas_triton_interpret",
+    "pallas_tpu",
+    "pallas_tpu_interpret",
+]
 
 _FULL = {
     "xla": xla_blockwise.hstu_attention,
     "reference": reference.hstu_attention,
     "pallas_triton": pallas_triton.hstu_attention,
     "pallas_triton_interpret": functools.partial(pallas_triton.hstu_attention, interpret=True),
+    "pallas_tpu": pallas_tpu.hstu_attention,
+    "pallas_tpu_interpret": functools.partial(pallas_tpu.hstu_attention, interpret=True),
 }
 _DELTA = {
     "xla": last_query.hstu_attention_delta,
@@ -33,9 +50,11 @@ _LAST = {
     "reference": reference.hstu_attention_last,
     "pallas_triton": pallas_triton.hstu_attention_last,
     "pallas_triton_interpret": functools.partial(pallas_triton.hstu_attention_last, interpret=True),
+    "pallas_tpu": pallas_tpu.hstu_attention_last,
+    "pallas_tpu_interpret": functools.partial(pallas_tpu.hstu_attention_last, interpret=True),
 }
 # What "auto" tries in turn for the full op, by platform; the last entry supports everything.
-_AUTO_ORDER = {"gpu": ("pallas_triton", "xla")}
+_AUTO_ORDER = {"gpu": ("pallas_triton", "xla"), "tpu": ("pallas_tpu", "xla")}
 _ONLY_XLA = ("xla",)
 
 
@@ -76,10 +95,10 @@ def hstu_attention(
         alpha: factor of the logits, usually K ** -0.5.
         divisor: what scores are divided by; never inferred from L.
         implementation: "xla" (linear memory, every device), "pallas_triton" (NVIDIA GPUs of
-            compute capability 8.0 or newer), "pallas_triton_interpret" (the same kernels run step
-            by step on any device: to find faults, far too slow for anything else), "reference"
-            (dense, for tests), or "auto": the kernel of the device the program is traced for, if
-            it can do this, else "xla".
+            compute capability 8.0 or newer), "pallas_tpu" (TPUs), "pallas_triton_interpret" and
+            "pallas_tpu_interpret" (the same kernels run step by step on any device: to find faults,
+            far too slow for anything else), "reference" (dense, for tests), or "auto": the kernel
+            of the device the program is traced for, if it can do this, else "xla".
         num_targets: targets at the end of each segment, 0 <= num_targets <= length -
             contextual_len; None = no targets.
 
@@ -147,7 +166,7 @@ def hstu_attention_last(
         alpha: factor of the logits.
         divisor: what scores are divided by.
         implementation: as for `hstu_attention`. One query per segment needs no kernel:
-            "pallas_triton" checks its device and then runs the program of "xla".
+            "pallas_triton" and "pallas_tpu" check their device and run the program of "xla".
 
     Returns:
         Outputs in the dtype of v; zeros for empty segments.

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import devices, dispatch
 from pallas_kernels.hstu_attention import (
     last_query,
     pallas_tpu_kernels,
     pallas_tpu_schedule,
     pallas_tpu_tiles,
-    xla_blockwise,
+    self_check,
 )
-from pallas_kernels.hstu_attention.layout import SequenceLayout, token_segments
+from pallas_kernels.hstu_attention.layout import SequenceLayout, slot_intervals, token_segments
 from pallas_kernels.hstu_attention.mask import MaskRule
 from pallas_kernels.hstu_attention.pallas_tpu_tiles import Tiles
 from pallas_kernels.hstu_attention.poison import finite_or_zero, poisoned_segments
@@ -67,9 +67,10 @@ def hstu_attention(
 
     Raises:
         UnsupportedByKernel: float16, a device that is not a TPU (without `interpret`), tiles that
-            do not suit a TPU, heads too wide or pair lists too long for on-chip memory.
+            do not suit a TPU, heads too wide or pair lists too long for on-chip memory, or the
+            self-check found wrong results on this device.
     """
-    kind = _check_device(interpret)
+    device = _check_device(interpret)
     if q.dtype == jnp.float16:
         raise dispatch.UnsupportedByKernel(
             "q.dtype=float16: a TPU has no float16; cast to bfloat16, or use 'xla'."
@@ -77,7 +78,7 @@ def hstu_attention(
     num_heads, qk_dim = q.shape[2:]
     if tiles is None:
         tiles = pallas_tpu_tiles.choose_tiles(
-            device_kind=kind,
+            device_kind="" if device is None else device.kind,
             dtype=q.dtype,
             qk_dim=qk_dim,
             v_dim=v.shape[3],
@@ -85,6 +86,25 @@ def hstu_attention(
             row_len=layout.row_len,
         )
     _check_tiles(tiles, num_heads, interpret)
+    if device is not None and device.is_present and not interpret:
+        kernel = functools.partial(_run, tiles=tiles, interpret=False)
+        widths = dict(qk_dim=qk_dim, v_dim=v.shape[3])
+        self_check.require("pallas_tpu", kernel, device, dtype=q.dtype, **widths)
+    return _run(
+        q,
+        k,
+        v,
+        layout=layout,
+        rule=rule,
+        alpha=alpha,
+        divisor=divisor,
+        num_targets=num_targets,
+        tiles=tiles,
+        interpret=interpret,
+    )
+
+
+def _run(q, k, v, *, layout, rule, alpha, divisor, num_targets=None, tiles, interpret):
     options = _Options(rule, alpha, divisor, tiles, interpret)
     return _attend(q, k, v, layout, num_targets, options)
 
@@ -98,36 +118,35 @@ def hstu_attention_last(
     rule: MaskRule,
     alpha: float,
     divisor: float,
+    interpret: bool = False,
 ) -> Float[Array, "S H V"]:
     """Returns what `api.hstu_attention_last` promises, by the same XLA program as "xla".
 
     There is no kernel for this form and none is needed: every key meets one query, so the work is
     one pass over k and v, bound by memory. The name is here so that a model can ask for one
-    implementation in all of its layers. It runs on any platform.
+    implementation in all of its layers; the device is checked as for the full op.
+
+    Raises:
+        UnsupportedByKernel: the device is not a TPU.
     """
+    _check_device(interpret)
     return last_query.hstu_attention_last(
         q, k, v, layout=layout, rule=rule, alpha=alpha, divisor=divisor
     )
 
 
 def _check_device(interpret):
-    """Kind of the TPU that the program is for; refuses other platforms."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is not None and described.platform == "tpu":
-        return described.device_kind
+    """The TPU that the program is for, None in interpret mode elsewhere; others are refused."""
+    device = devices.current_device()
+    if device.platform == "tpu":
+        return device
     if interpret:
-        return ""
-    device = jax.config.jax_default_device
-    if described is None and (device is None or isinstance(device, str)):
-        device = jax.local_devices(backend=device)[0]
-    found = described or device
-    if found.platform != "tpu":
-        raise dispatch.UnsupportedByKernel(
-            f"platform={found.platform!r}: pallas_tpu runs on TPUs only; use 'auto' or 'xla'. To "
-            "compile for a TPU that is not here, describe it with jax.sharding.use_abstract_mesh; "
-            "to look for faults, call pallas_tpu.hstu_attention with interpret=True."
-        )
-    return found.device_kind
+        return None
+    raise dispatch.UnsupportedByKernel(
+        f"platform={device.platform!r}: pallas_tpu runs on TPUs only; use 'auto' or 'xla', or "
+        "'pallas_tpu_interpret' to look for faults. To compile for a TPU that is not here, "
+        "describe it with jax.sharding.use_abstract_mesh."
+    )
 
 
 def _check_tiles(tiles, num_heads, interpret):
@@ -151,7 +170,7 @@ def _attend(q, k, v, layout, num_targets, options):
 
 def _attend_forward(q, k, v, layout, num_targets, options):
     segment = token_segments(layout)
-    schedule, intervals, settings = _prepare(segment, layout, num_targets, options)
+    schedule, intervals, settings = _prepare(layout, num_targets, options)
     q_tiles, k_tiles, v_tiles = (_to_tiles(x, segment, options.tiles) for x in (q, k, v))
     tiles = pallas_tpu_kernels.forward(
         q_tiles, k_tiles, v_tiles, intervals, schedule.by_query, schedule.count, **settings
@@ -165,7 +184,7 @@ def _attend_forward(q, k, v, layout, num_targets, options):
 def _attend_backward(options, residuals, cotangent):
     q, k, v, layout, num_targets, is_bad = residuals
     segment = token_segments(layout)
-    schedule, intervals, settings = _prepare(segment, layout, num_targets, options)
+    schedule, intervals, settings = _prepare(layout, num_targets, options)
     arrays = [_to_tiles(x, segment, options.tiles) for x in (q, k, v, cotangent)]
     dq = pallas_tpu_kernels.backward_query(
         *arrays, intervals, schedule.by_query, schedule.count, **settings
@@ -189,14 +208,14 @@ def _attend_backward(options, residuals, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _prepare(segment, layout, num_targets, options):
+def _prepare(layout, num_targets, options):
     """Schedule, mask intervals by tile, and the keywords of the kernels."""
     block_len = options.tiles.block_len
     schedule = pallas_tpu_schedule.build_tile_schedule(layout, block_len=block_len)
+    padded_len = -(-layout.row_len // block_len) * block_len
     bounds = []
-    for interval in xla_blockwise._slot_intervals(segment, layout, num_targets, options.rule):
+    for interval in slot_intervals(layout, num_targets, rule=options.rule, padded_len=padded_len):
         bounds += [interval.start, interval.end]
-    bounds = [_pad(bound[:, : layout.row_len], 1, block_len) for bound in bounds]
     intervals = jnp.stack([x.reshape(layout.num_rows, -1, block_len) for x in bounds], axis=2)
     settings = dict(
         tile_bits=schedule.tile_bits,

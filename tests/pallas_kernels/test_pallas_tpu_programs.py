@@ -188,14 +188,27 @@ def _attend(dtype=jnp.float32, **changes):
 def test_refuses_other_platforms():
     with pytest.raises(
         dispatch.UnsupportedByKernel,
-        match="platform='cpu': pallas_tpu runs on TPUs only; use 'auto' or 'xla'. To compile for a "
-        "TPU that is not here, describe it with jax.sharding.use_abstract_mesh",
+        match="platform='cpu': pallas_tpu runs on TPUs only; use 'auto' or 'xla', or "
+        "'pallas_tpu_interpret' "
+        "to look for faults. To compile for a TPU that is not here, describe it with ",
     ):
         _attend()
     gpu = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
         with pytest.raises(dispatch.UnsupportedByKernel, match="platform='gpu'"):
             _attend()
+
+
+def test_auto_for_a_tpu_is_the_kernel():
+    token = jnp.ones((2, 4, 3, 5))
+    built = layout.from_lengths(np.array([4, 2], np.int32), row_len=4)
+    arguments = dict(layout=built, implementation="auto", **OPTIONS)
+    attend = functools.partial(api.hstu_attention, **arguments)
+    tpu = jax.sharding.AbstractDevice("TPU v5e", 1, "tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=tpu)):
+        assert api.auto_implementation() == "pallas_tpu"
+        lowered = jax.jit(attend).trace(token, token, token).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
 
 
 @pytest.mark.parametrize(

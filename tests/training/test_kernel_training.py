@@ -1,11 +1,11 @@
-"""Training with the GPU's attention kernels, run step by step, against training with `xla`."""
+"""Training with the attention kernels, run step by step, against training with `xla`."""
 
 import jax
 import numpy as np
 import pytest
 
 from hstu_jax.training import run as run_lib
-from pallas_kernels.hstu_attention import triton_kernels
+from pallas_kernels.hstu_attention import pallas_tpu_kernels, triton_kernels
 from tests.training.small_config import small_config, with_two_tables
 
 NUM_STEPS = 3
@@ -35,20 +35,32 @@ def _train(store, workdir, kernel):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kernel", ["pallas_triton_interpret"])
-def test_training_with_a_kernel_equals_xla(small_store, tmp_path, kernel, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "module", "names"),
+    [
+        ("pallas_triton_interpret", triton_kernels, ("forward", "dq", "dkv")),
+        (
+            "pallas_tpu_interpret",
+            pallas_tpu_kernels,
+            ("forward", "backward_query", "backward_key_value"),
+        ),
+    ],
+)
+def test_training_with_a_kernel_equals_xla(
+    small_store, tmp_path, kernel, module, names, monkeypatch
+):
     traced = []
-    for name in ("forward", "dq", "dkv"):
-        right = getattr(triton_kernels, name)
+    for name in names:
+        right = getattr(module, name)
         monkeypatch.setattr(
-            triton_kernels,
+            module,
             name,
             lambda *a, _of=right, _n=name, **k: traced.append(_n) or _of(*a, **k),
         )
     losses, expected = _train(small_store, tmp_path / "xla", "xla")
     assert traced == []
     kernel_losses, actual = _train(small_store, tmp_path / "kernel", kernel)
-    assert set(traced) == {"forward", "dq", "dkv"}
+    assert set(traced) == set(names)
     # Other roundings somewhere: it is not the same program twice.
     assert not all(map(np.array_equal, jax.tree.leaves(actual), jax.tree.leaves(expected)))
     np.testing.assert_allclose(kernel_losses, losses, rtol=1e-6)
