@@ -11,7 +11,7 @@ from absl import flags
 
 from hstu_jax import benchmark, evaluate, train
 from hstu_jax.config import schema
-from tests.training.small_config import small_config
+from tests.training.small_config import small_config, with_two_tables
 
 
 def run(*arguments):
@@ -58,7 +58,7 @@ def test_unknown_variant_lists_the_known_ones():
 
 @pytest.fixture(scope="module")
 def trained(small_store, tmp_path_factory) -> schema.Config:
-    config = small_config(small_store, tmp_path_factory.mktemp("commands"))
+    config = with_two_tables(small_config(small_store, tmp_path_factory.mktemp("commands")))
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, source="event_store", num_groups=2),
@@ -105,6 +105,7 @@ def test_benchmark_refuses_steps_of_several_batches(trained):
         benchmark.main(dataclasses.replace(trained, train=accumulating))
 
 
+@pytest.mark.long
 def test_benchmark_names_the_parts(trained, capsys):
     benchmark.main(trained)
     text = capsys.readouterr().out

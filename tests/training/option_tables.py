@@ -19,7 +19,12 @@ _WATCH_TIME = {
     f"{_ACTIONS}.watchtime_to_action_thresholds": (10.0,),
     f"{_ACTIONS}.watchtime_to_action_weights": (256,),
 }
-_CUT = {f"{_HSTU}.attn_truncation_split_layer": 1, f"{_HSTU}.attn_truncation_tail_len": 8}
+_TWO_LAYERS = {f"{_HSTU}.attn_num_layers": 2}
+_CUT = {
+    **_TWO_LAYERS,
+    f"{_HSTU}.attn_truncation_split_layer": 1,
+    f"{_HSTU}.attn_truncation_tail_len": 8,
+}
 
 
 def _rates(section):
@@ -56,6 +61,7 @@ PLAIN = {
     f"{_SPARSE}.learning_rate.schedule": "constant",
     f"{_DENSE}.learning_rate.schedule": "constant",
     f"{_DENSE}.beta2": 0.999,
+    f"{_HSTU}.attn_num_layers": 1,  # traced in half the time
 }
 
 # Field -> (another value, settings under which it is read[, settings that go with the value]).
@@ -74,7 +80,11 @@ CHANGES_BATCH = {
     "model.user_tower.max_seq_len": (12, {}),
     f"{_PHASES}.time_duration_period_units": ((60,), _WAVES),
     f"{_PHASES}.time_duration_units_per_period": ((12,), _WAVES),
-    f"{_HSTU}.attn_truncation_split_layer": (1, {}, {f"{_HSTU}.attn_truncation_tail_len": 8}),
+    f"{_HSTU}.attn_truncation_split_layer": (
+        1,
+        _TWO_LAYERS,
+        {f"{_HSTU}.attn_truncation_tail_len": 8},
+    ),
     f"{_HSTU}.attn_truncation_tail_len": (4, _CUT),
     # These change the schedule of attention's blocks.
     f"{_STU}.max_attn_len": (2, {"data.block_len": 4}),
@@ -93,7 +103,7 @@ CHANGES_TOWERS = {
     f"{_STU}.scaling_seqlen": (7, {}),
     f"{_STU}.contextual_seq_len": (0, {}),
     f"{_HSTU}.input_dropout_ratio": (0.2, {}),
-    f"{_HSTU}.attn_num_layers": (1, {}),
+    f"{_HSTU}.attn_num_layers": (2, {}),
     f"{_HSTU}.output_postprocessor": ("layernorm", {"model.similarity": "INNER_PRODUCT"}),
     f"{_POSITIONS}.num_position_buckets": (8, {}),
     f"{_POSITIONS}.num_time_buckets": (8, {}),

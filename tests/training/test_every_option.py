@@ -22,7 +22,7 @@ from hstu_jax.tables import lookup, update
 from hstu_jax.training import gradients, partition, schedules, step
 from hstu_jax.training import run as run_lib
 from tests.training import option_tables
-from tests.training.small_config import small_config
+from tests.training.small_config import small_config, with_two_tables
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _NUM_STEPS = 5
@@ -79,7 +79,8 @@ def ignored(table, observe, store, workdir):
         key = repr(sorted(settings.items()))  # many fields are compared with the same settings
         if key not in seen:
             overrides = {path.replace(".", "__"): value for path, value in settings.items()}
-            seen[key] = observe(small_config(store, workdir, **overrides), store)
+            config = small_config(store, workdir, **overrides)
+            seen[key] = observe(with_two_tables(config), store)
         return seen[key]
 
     found = []
