@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     parts = _QUICK if args.quick else _ALL if args.all else ({},)
     preset = _ACCELERATOR if args.quick or args.all else {}
     report = Report(json_path=args.json, command=argv)
+    # A path that cannot be written is found before the first timing, not after it.
+    report.save()
     print(timing.machine_line())
     for part in parts:
         _run_part(_parse(argv, preset | part), report)
