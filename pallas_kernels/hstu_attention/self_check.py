@@ -103,7 +103,7 @@ def _results(attend, dtype, qk_dim, v_dim):
 
 def _versions(device):
     return (
-        f"device {device.kind}, driver {_driver_version()}, jax {jax.__version__}, jaxlib "
+        f"device {device.kind}, driver {driver_version()}, jax {jax.__version__}, jaxlib "
         f"{jaxlib.__version__}, compiler {_platform_version(device.platform)}"
     )
 
@@ -113,7 +113,8 @@ def _platform_version(platform):
     return " ".join(client.platform_version.split())
 
 
-def _driver_version():
+def driver_version() -> str:
+    """Version of the NVIDIA driver, or "unknown"."""
     try:
         lines = pathlib.Path("/proc/driver/nvidia/version").read_text("utf-8").splitlines()
     except OSError:

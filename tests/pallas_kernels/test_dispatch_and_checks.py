@@ -1,4 +1,4 @@
-"""Choice of implementation, argument checks of the op, timing and the benchmark's counts."""
+"""Choice of implementation, argument checks of the op, timing."""
 
 import inspect
 import logging
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, timing
-from pallas_kernels.hstu_attention import api, benchmark, layout
+from pallas_kernels.hstu_attention import api, layout
 from pallas_kernels.hstu_attention.mask import MaskRule
 
 # The annotation checks of the test session would answer first; these are the checks users meet.
@@ -119,45 +119,23 @@ def test_bad_last_queries_are_refused(query, message):
         ATTEND_LAST(**_arguments(q=query))
 
 
-def test_flops_count_visible_pairs():
-    # 3 and 1 tokens, causal: 6 + 1 pairs; two contextual tokens of 3 also see 2, 2, and all 3.
-    lengths = np.array([3, 1])
-    assert benchmark.visible_pairs(lengths, MaskRule()) == 7
-    assert benchmark.visible_pairs(np.array([3]), MaskRule(contextual_len=2)) == 9
-    assert benchmark.visible_pairs(np.array([4]), MaskRule(max_attn_len=1)) == 7
-    # Forward 2 K + 2 V, backward 2 K + 2 V for scores and dscores, 2 K + 2 K + 2 V for dq, dk, dv.
-    flops = benchmark.attention_flops(7, num_heads=2, qk_dim=3, v_dim=5)
-    assert flops == 7 * 2 * (6 + 10 + 6 + 10 + 6 + 6 + 10)
-    forward = benchmark.attention_flops(7, num_heads=2, qk_dim=3, v_dim=5, forward_only=True)
-    assert forward == 7 * 2 * (6 + 10)
-
-
-def test_benchmark_prints_each_implementation(capsys):
-    sizes = "--lengths 16 --batch 2 --heads 1 --width 4 --contextual 2 --runs 1".split()
-    benchmark.main([*sizes, "--passes", "forward,both"])
-    lines = capsys.readouterr().out.splitlines()
-    assert jax.__version__ in lines[0]
-    assert [line.split()[:3] for line in lines[3:]] == [
-        ["16", "xla", "forward"],
-        ["16", "xla", "both"],
-        ["16", "reference", "forward"],
-        ["16", "reference", "both"],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("--quick", "--quick: no kernel runs on this device; name sizes and --implementations"),
-        ("--passes=backward", "--passes=backward: knows 'forward' and 'both', not 'backward'"),
-    ],
-)
-def test_benchmark_refuses(argument, message, capsys):
-    with pytest.raises(SystemExit):
-        benchmark.main([argument])
-    assert message in capsys.readouterr().err
-
-
 def test_timing_refuses_zero_runs():
     with pytest.raises(ValueError, match="num_runs=0: must be at least 1"):
         timing.time_function(jnp.sin, jnp.ones(2), num_runs=0)
+
+
+def test_short_calls_are_timed_in_a_queue_and_long_ones_once():
+    calls = []
+
+    def record(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return x + 1
+
+    result = timing.time_function(record, jnp.ones(2), num_runs=1, queue_ms=0.0)
+    jax.effects_barrier()
+    assert (result.num_runs, len(calls)) == (1, 3)
+    calls.clear()
+    timing.time_function(record, jnp.ones(2), num_runs=1, queue_ms=1e9)
+    jax.effects_barrier()
+    assert len(calls) == 202
+    assert timing.time_function(jnp.sin, jnp.ones(2), num_runs=9, max_s=0.0).num_runs == 1
