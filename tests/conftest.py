@@ -11,10 +11,12 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation of small programs: LLVM without optimization takes a third
-# off it. XLA's own passes, which can change numbers, run as they do in production.
+# off it, XLA's older emitters of fused loops another third. XLA's passes over whole programs, which
+# decide the order of sums, run as they do in production.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 
 # Many tests, and commands that they start, compile the same program: a cache that lives as long as
