@@ -5,11 +5,13 @@ tiles; what they decide is in each op's folder.
 """
 
 import dataclasses
+import re
 
 import jax
 
-# Kinds of NVIDIA devices by the name that drivers give, the longer names first: what is compiled
-# for a device that is only described (`jax.sharding.AbstractDevice`) has nothing else to go by.
+# Kinds of NVIDIA devices by a whole word of the name that drivers give (an "RTX A3000" is no A30):
+# what is compiled for a device that is only described (`jax.sharding.AbstractDevice`) has nothing
+# else to go by.
 _CAPABILITIES = (
     ("GB200", (10, 0)),
     ("B200", (10, 0)),
@@ -18,15 +20,15 @@ _CAPABILITIES = (
     ("H100", (9, 0)),
     ("H20", (9, 0)),
     ("H800", (9, 0)),
-    ("L40", (8, 9)),
+    ("L40S?", (8, 9)),
     ("L4", (8, 9)),
-    ("RTX 40", (8, 9)),
+    (r"RTX 40\d\d", (8, 9)),
     ("A100", (8, 0)),
     ("A800", (8, 0)),
     ("A30", (8, 0)),
-    ("A10", (8, 6)),
+    ("A10G?", (8, 6)),
     ("A40", (8, 6)),
-    ("RTX 30", (8, 6)),
+    (r"RTX 30\d\d", (8, 6)),
     ("T4", (7, 5)),
     ("V100", (7, 0)),
 )
@@ -68,7 +70,8 @@ def current_device() -> Device:
 
 def capability_of_kind(kind: str) -> tuple[int, int] | None:
     """Compute capability by the name of an NVIDIA device; None for other names."""
-    return next((capability for name, capability in _CAPABILITIES if name in kind), None)
+    found = (capability for name, capability in _CAPABILITIES if re.search(rf"\b{name}\b", kind))
+    return next(found, None)
 
 
 def _describe(device):

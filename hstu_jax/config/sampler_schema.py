@@ -86,10 +86,10 @@ class NegativeSamplerConfig:
             "leave one of the two unset",
         )
         require(
-            len(self.field_delimiter) == 1 and self.field_delimiter not in "\r\n",
+            len(self.field_delimiter) == 1 and self.field_delimiter not in "\r\n:",
             "field_delimiter",
             self.field_delimiter,
-            "must be one character and no line break",
+            "must be one character, no line break and no colon, which stands in the header",
         )
         require(
             self.field_delimiter == "\t" or self.kind != "NegativeSampler" or bool(self.input_path),

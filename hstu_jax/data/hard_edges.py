@@ -58,20 +58,24 @@ class HardEdgeFiles:
       num_edges: edges written.
       num_users: users that have some.
       num_positive: pairs left out because the user also has a positive training event with the item.
+      ids: which ids the files hold.
     """
 
     folder: pathlib.Path
     num_edges: int
     num_users: int
     num_positive: int
+    ids: str = "original"
 
     def describe(self) -> str:
         """Counts, and the flags that use the files."""
         flag = "--config.data.negative_sampler"
+        source = "" if self.ids == "original" else "--config.data.source=list_columns "
         return (
             f"{self.folder}: {self.num_edges:,} hard edges of {self.num_users:,} users; "
-            f"{self.num_positive:,} left out that are positive elsewhere in training\n"
-            f"train with them:  {flag}.kind=HardNegativeSampler {flag}.num_hard_sample=8 "
+            f"{self.num_positive:,} left out that are positive elsewhere in training; ids in the "
+            f"files: {self.ids}\n"
+            f"train with them:  {source}{flag}.kind=HardNegativeSampler {flag}.num_hard_sample=8 "
             f"{flag}.hard_neg_edge_input_path={self.folder / EDGES_FILE}"
         )
 
@@ -92,7 +96,8 @@ def write_hard_edges(
 
     Args:
       store: the opened event store.
-      out_dir: folder to make; None = `hard_negatives` in the store's own.
+      out_dir: folder to make; None = `hard_negatives` in the store's own, with ids "index"
+        `hard_negatives_index`: the one kind must not be taken for the other.
       options: rules; None for the defaults.
       overwrite: replace files that are already there.
 
@@ -101,7 +106,8 @@ def write_hard_edges(
       ValueError: no event is an edge, or the store does not say when its validation day begins.
     """
     options = options or HardEdgeOptions()
-    folder = store.path / FOLDER if out_dir is None else pathlib.Path(out_dir)
+    own = store.path / (FOLDER if options.ids == "original" else f"{FOLDER}_{options.ids}")
+    folder = own if out_dir is None else pathlib.Path(out_dir)
     if (folder / EDGES_FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder / EDGES_FILE}: exists; add --overwrite to replace it.")
     unwanted, positive = _training_events(store, options.kind)
@@ -139,6 +145,7 @@ def write_hard_edges(
         num_edges=len(chosen),
         num_users=len(np.unique(user)),
         num_positive=num_positive,
+        ids=options.ids,
     )
 
 

@@ -136,10 +136,18 @@ def _columns(
         name: _to_arrow(column).take(pa.array(user))
         for name, column in store.features.user.items()
     }
-    clashes = sorted({*own.column_names} & {*users, *further, "user_id", "request_time"})
+    sequences = {
+        **sequence("uih_seq", history, history_len),
+        "uih_seq__action_timestamp": time,
+        **sequence("cand_seq", candidate, candidate_len),
+        "request_time": pa.array(np.asarray(rows.request_time_s[windows])),
+    }
+    taken = {*users, *further, *sequences, "user_id"}
+    clashes = [name for name in own.column_names if name in taken]
     if clashes:
+        where = "the exported sequences" if clashes[0] in sequences else schema.USERS_FILE
         raise ValueError(
-            f"column {clashes[0]}: stands in both {schema.WINDOWS_FILE} and {schema.USERS_FILE} of "
+            f"column {clashes[0]}: stands in both {schema.WINDOWS_FILE} and {where} of "
             f"{store.path}, and a row has one of a name; rename one of them."
         )
     return {
@@ -147,10 +155,7 @@ def _columns(
         **{name: pa.array(column[user].astype(np.int64)) for name, column in users.items()},
         **further,
         **{name: own[name].combine_chunks() for name in own.column_names},
-        **sequence("uih_seq", history, history_len),
-        "uih_seq__action_timestamp": time,
-        **sequence("cand_seq", candidate, candidate_len),
-        "request_time": pa.array(np.asarray(rows.request_time_s[windows])),
+        **sequences,
     }
 
 

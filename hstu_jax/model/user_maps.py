@@ -56,8 +56,10 @@ def apply_user_maps(
     # The matrices of the blocks are read again in the backward pass, not kept until then.
     @jax.checkpoint
     def multiply(tokens, kernels, biases):
-        products = jnp.einsum("bti,bio->bto", tokens, kernels[user])
-        return products + biases[user][:, None]
+        # Through float32, where the gradients of a user's blocks are summed.
+        kernels, biases = kernels.astype(jnp.float32), biases.astype(jnp.float32)
+        products = jnp.einsum("bti,bio->bto", tokens, kernels[user].astype(tokens.dtype))
+        return (products + biases[user][:, None]).astype(tokens.dtype)
 
     products = multiply(tokens, kernels, biases).reshape(num_blocks * block_len, -1)
     segment = attention_layout.token_segments(layout)

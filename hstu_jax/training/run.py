@@ -18,6 +18,7 @@ from hstu_jax.features import pipeline as pipeline_lib
 from hstu_jax.model import initialization, match
 from hstu_jax.training import checkpoint, partition, schedules, step
 from hstu_jax.training import state as state_lib
+from pallas_kernels.hstu_attention import api as attention
 
 # Dropout of step t draws from fold_in(key, t); first values draw from a number no step reaches.
 _INIT_FOLD = 2**31
@@ -188,6 +189,12 @@ def _first_state(
     )
 
 
+def _attention(config) -> str:
+    if config.kernel != "auto":
+        return config.kernel
+    return f"{attention.auto_implementation()} (auto)"
+
+
 def describe(run: Run, state: state_lib.TrainState) -> str:
     """The banner of a run: devices, data, parameters, shapes.
 
@@ -206,7 +213,7 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
     return "\n".join(
         [
             f"devices   {run.mesh.size} x {device.device_kind} ({device.platform}), "
-            f"mesh {dict(run.mesh.shape)}",
+            f"mesh {dict(run.mesh.shape)}; attention: {_attention(run.config.model)}",
             f"data      {run.store.path} ({stats['source']}): {run.store.num_users:,} users, "
             f"{run.store.num_items:,} items, {len(run.store.events):,} events, "
             f"{len(run.store.windows):,} windows",

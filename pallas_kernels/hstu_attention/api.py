@@ -59,7 +59,13 @@ _ONLY_XLA = ("xla",)
 
 
 def auto_implementation() -> str:
-    """Name of the implementation that "auto" tries first for the full op, on this device."""
+    """Name of the implementation that "auto" takes for the full op on this device.
+
+    A failed self-check, which comes with the first use, can still make it "xla".
+    """
+    device = devices.current_device()
+    if device.platform == "gpu" and not pallas_triton.supports(device):
+        return "xla"
     return _auto_order()[0]
 
 
@@ -81,6 +87,8 @@ def hstu_attention(
     num_targets: Int[Array | np.ndarray, "S"] | None = None,
 ) -> Float[Array, "R L H V"]:
     """HSTU attention of each token over its own segment: SiLU instead of a softmax.
+
+    Inside `jax.shard_map` it needs `check_vma=False`.
 
     `o_i = sum_j M_ij silu(alpha <q_i, k_j>) / divisor v_j`, per head; M is the 0/1 mask of `rule`,
     applied after SiLU and division.

@@ -88,8 +88,16 @@ def hstu_attention(
     _check_tiles(tiles, num_heads, interpret)
     if device is not None and device.is_present and not interpret:
         kernel = functools.partial(_run, tiles=tiles, interpret=False)
-        widths = dict(qk_dim=qk_dim, v_dim=v.shape[3])
-        self_check.require("pallas_tpu", kernel, device, dtype=q.dtype, **widths)
+        self_check.require(
+            "pallas_tpu",
+            kernel,
+            device,
+            dtype=q.dtype,
+            qk_dim=qk_dim,
+            v_dim=v.shape[3],
+            tiles=tiles,
+            num_heads=2 * tiles.heads_per_step,
+        )
     return _run(
         q,
         k,

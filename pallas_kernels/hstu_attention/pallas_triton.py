@@ -82,10 +82,12 @@ def hstu_attention(
     """
     device = _check_device(interpret)
     _check_width(q.shape[3], v.shape[3])
-    kernel = functools.partial(_run, device_kind=device.kind, interpret=interpret, tiles=tiles)
+    widths = dict(qk_dim=q.shape[3], v_dim=v.shape[3])
+    if tiles is None:
+        tiles = choose_tiles(device.kind, q.dtype, row_len=q.shape[1], **widths)
+    kernel = functools.partial(_run, interpret=interpret, tiles=tiles)
     if device.is_present and not interpret:
-        widths = dict(qk_dim=q.shape[3], v_dim=v.shape[3])
-        self_check.require("pallas_triton", kernel, device, dtype=q.dtype, **widths)
+        self_check.require("pallas_triton", kernel, device, dtype=q.dtype, tiles=tiles, **widths)
     return kernel(
         q,
         k,
@@ -124,11 +126,17 @@ def hstu_attention_last(
     )
 
 
+def supports(device: devices.Device) -> bool:
+    """Whether the kernels can be compiled for a device."""
+    capability = device.capability
+    return device.platform == "gpu" and capability is not None and capability >= MIN_CAPABILITY
+
+
 def _check_device(interpret):
     device = devices.current_device()
     if interpret:
         return dataclasses.replace(device, kind=_INTERPRETED_KIND)
-    if device.platform != "gpu" or device.capability is None or device.capability < MIN_CAPABILITY:
+    if not supports(device):
         found = f"compute capability {device.capability}" if device.capability else device.platform
         raise dispatch.UnsupportedByKernel(
             f"device={device.kind!r}: pallas_triton needs an NVIDIA GPU of compute capability 8.0 "
@@ -147,10 +155,7 @@ def _check_width(qk_dim, v_dim):
         )
 
 
-def _run(q, k, v, *, layout, rule, alpha, divisor, num_targets=None, device_kind, interpret, tiles):
-    if tiles is None:
-        widths = dict(qk_dim=q.shape[3], v_dim=v.shape[3])
-        tiles = choose_tiles(device_kind, q.dtype, row_len=q.shape[1], **widths)
+def _run(q, k, v, *, layout, rule, alpha, divisor, num_targets=None, interpret, tiles):
     intervals = slot_intervals(layout, num_targets, rule=rule, padded_len=layout.row_len)
     bounds = jnp.stack([x for interval in intervals for x in (interval.start, interval.end)], 1)
     num_segments = len(layout.starts)

@@ -1,13 +1,14 @@
 """Before first use on a device: is a kernel right there? Compilers have miscompiled this op.
 
 Forward and backward of a small ragged case are compared with the path without a kernel, on the
-device itself, once per kernel, kind of device, dtype and widths. A wrong result refuses the kernel.
+device itself, once per kernel, kind of device, dtype, widths and tiles. A wrong result refuses the
+kernel.
 """
 
 import concurrent.futures
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ from pallas_kernels.hstu_attention.mask import MaskRule
 
 _LENGTHS = np.array([300, 0, 3, 77], np.int32)
 _RULE = MaskRule(contextual_len=3, max_attn_len=150)
-_NUM_HEADS = 2
 # Largest error, relative to the largest value. Half types round scores once more than `xla` does:
 # a few units of 2^-8 (bfloat16) or 2^-11 (float16). A fault of the compiler is of order one.
 _TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -37,6 +37,8 @@ def require(
     dtype: np.dtype,
     qk_dim: int,
     v_dim: int,
+    tiles: Hashable,
+    num_heads: int = 2,
 ) -> None:
     """Refuses a kernel that is wrong on this device; the answer is remembered.
 
@@ -47,18 +49,27 @@ def require(
         dtype: of q, k and v.
         qk_dim: K.
         v_dim: V.
+        tiles: sizes that `attend` is compiled for.
+        num_heads: H of the small case; what the tiles need.
 
     Raises:
         UnsupportedByKernel: a wrong result, or the kernel did not compile or run; names device,
             driver and versions.
     """
-    key = (implementation, device.kind, jnp.dtype(dtype).name, qk_dim, v_dim)
+    key = (implementation, device.kind, jnp.dtype(dtype).name, qk_dim, v_dim, tiles, num_heads)
     if key not in _verdicts:
-        check = functools.partial(_verdict, attend, dtype, qk_dim, v_dim)
+        check = functools.partial(_verdict, attend, dtype, qk_dim, v_dim, num_heads)
         # In a thread of its own: the caller is usually inside a trace (jit, grad, shard_map),
         # which would swallow the computation, and that state belongs to its thread.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            _verdicts[key] = pool.submit(check).result()
+            verdict = pool.submit(check).result()
+        if "RESOURCE_EXHAUSTED" in verdict:
+            # Says nothing about the kernel: it is asked again next time.
+            raise dispatch.UnsupportedByKernel(
+                f"implementation={implementation!r}: no memory for its self-check ({verdict}); "
+                "free some, or use 'xla'."
+            )
+        _verdicts[key] = verdict
     if _verdicts[key]:
         raise dispatch.UnsupportedByKernel(
             f"implementation={implementation!r}: refused by its self-check on this device, "
@@ -67,11 +78,12 @@ def require(
         )
 
 
-def _verdict(attend, dtype, qk_dim, v_dim):
+def _verdict(attend, dtype, qk_dim, v_dim, num_heads):
     """What is wrong, or an empty string."""
-    expected = _results(xla_blockwise.hstu_attention, dtype, qk_dim, v_dim)
+    sizes = (dtype, qk_dim, v_dim, num_heads)
     try:
-        actual = _results(attend, dtype, qk_dim, v_dim)
+        expected = _results(xla_blockwise.hstu_attention, *sizes)
+        actual = _results(attend, *sizes)
     except Exception as error:  # whatever a compiler or driver may raise is a reason to refuse
         return f"{type(error).__name__}: {str(error)[:500]}"
     tolerance = _TOLERANCE[jnp.dtype(dtype).name]
@@ -82,11 +94,11 @@ def _verdict(attend, dtype, qk_dim, v_dim):
     return ""
 
 
-def _results(attend, dtype, qk_dim, v_dim):
+def _results(attend, dtype, qk_dim, v_dim, num_heads):
     """o, dq, dk, dv of the small case in float32, computed on the device."""
     layout = from_lengths(_LENGTHS, row_len=int(_LENGTHS.max()), rule=_RULE)
     rng = np.random.default_rng(0)
-    shape = (len(_LENGTHS), layout.row_len, _NUM_HEADS)
+    shape = (len(_LENGTHS), layout.row_len, num_heads)
     widths = (qk_dim, qk_dim, v_dim, v_dim)
     values = [rng.standard_normal((*shape, width), dtype=np.float32) for width in widths]
 

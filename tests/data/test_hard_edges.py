@@ -120,6 +120,10 @@ def test_command_writes_prints_and_refuses(make_store, tmp_path, capsys):
     assert path.read_text().splitlines()[1:] == ["0\t0\t1", "1\t2\t1"]
     assert (path.parent / "users.tsv").read_text().splitlines()[1:] == ["0\t1", "1\t1"]
     assert (path.parent / "items.tsv").read_text().splitlines()[1] == "0\t1\t0"
+    # The two kinds of files have default folders of their own.
+    prepare.main(["hard_negatives", "--store", str(store.path), "--ids", "index"])
+    text = capsys.readouterr().out
+    assert f"{store.path / 'hard_negatives_index'}: " in text and "source=list_columns" in text
     with pytest.raises(ValueError, match="ids='names': unknown; choose from"):
         hard_edges.HardEdgeOptions(ids="names")
     with pytest.raises(SystemExit, match="max_per_user=-1: must not be negative"):

@@ -50,6 +50,8 @@ def test_inside_shard_map_the_mesh_decides():
         ("NVIDIA A100 80GB PCIe", (8, 0)),
         ("NVIDIA GeForce RTX 4090", (8, 9)),
         ("Tesla V100-SXM2-16GB", (7, 0)),
+        ("NVIDIA RTX A3000 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
         ("AMD Instinct MI300X", None),
         ("cpu", None),
     ],

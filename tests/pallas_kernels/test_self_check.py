@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import devices, dispatch
-from pallas_kernels.hstu_attention import api, layout, pallas_triton, self_check, xla_blockwise
+from pallas_kernels.hstu_attention import (
+    api,
+    layout,
+    pallas_tpu,
+    pallas_triton,
+    self_check,
+    xla_blockwise,
+)
 from pallas_kernels.hstu_attention.mask import MaskRule
 
 # This machine's CPU under the name of a GPU: programs run, and nothing is compiled for a GPU.
@@ -33,7 +40,7 @@ def pretended_gpu(monkeypatch):
     calls = []
 
     def use(kernel):
-        def run(q, k, v, *, device_kind, interpret, tiles, **options):
+        def run(q, k, v, *, interpret, tiles, **options):
             calls.append(q.shape)
             return kernel(q, k, v, **options)
 
@@ -145,3 +152,42 @@ def test_auto_on_other_gpus_is_xla(device, monkeypatch):
     np.testing.assert_array_equal(_attend(TOKEN, "auto"), _attend(TOKEN, "xla"))
     with pytest.raises(dispatch.UnsupportedByKernel, match="needs an NVIDIA GPU of compute"):
         _attend(TOKEN, "pallas_triton")
+
+
+def test_no_memory_is_no_verdict(pretended_gpu):
+    pretended_gpu(_full)
+    for _ in range(2):
+        with pytest.raises(dispatch.UnsupportedByKernel, match="no memory for its self-check"):
+            _attend(TOKEN, "pallas_triton")
+    pretended_gpu(xla_blockwise.hstu_attention)
+    np.testing.assert_array_equal(_attend(TOKEN, "pallas_triton"), _attend(TOKEN, "xla"))
+
+
+def _full(q, k, v, **options):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
+def test_each_choice_of_tiles_is_checked(pretended_gpu):
+    calls = pretended_gpu(xla_blockwise.hstu_attention)
+    for row_len in (5, 200):
+        long = layout.from_lengths(np.array([5, 3], np.int32), row_len=row_len, rule=RULE)
+        q = jnp.zeros((2, row_len, 1, 4))
+        options = dict(layout=long, rule=RULE, alpha=0.5, divisor=5.0)
+        api.hstu_attention(q, q, q, implementation="pallas_triton", **options)
+    assert calls.count((4, 300, 2, 4)) == 2
+
+
+def test_the_small_case_has_the_heads_that_tiles_of_a_tpu_need(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(self_check, "_verdicts", {})
+    monkeypatch.setattr(
+        self_check, "require", lambda *args, num_heads, tiles, **_: asked.update({tiles: num_heads})
+    )
+    tpu = devices.Device("tpu", "TPU v5e", None, is_present=True)
+    monkeypatch.setattr(devices, "current_device", lambda: tpu)
+    monkeypatch.setattr(pallas_tpu, "_run", lambda q, k, v, **_: v)
+    for num_heads in (1, 6, 8):
+        q = jnp.zeros((2, 5, num_heads, 16))
+        pallas_tpu.hstu_attention(q, q, q, layout=LAYOUT, rule=RULE, alpha=0.5, divisor=5.0)
+    assert len(asked) > 1
+    assert all(heads % tiles.heads_per_step == 0 for tiles, heads in asked.items())

@@ -173,99 +173,266 @@ CHANGES_PARAMETERS = {
     "train.grad_clipping.max_gradient": (0.25, _CLIP),
     "train.grad_clipping.norm_type": (1.0, _CLIP),
 }
-# Field, or the start of several -> tests that show it (file of tests/, function).
-SHOWN_ELSEWHERE = {
-    "workdir": ("training/test_loop.py", "test_restore_gives_the_trained_state"),
-    "features": ("features/test_side_features.py", "test_batches_hold_every_feature"),
-    "raw_features": ("features/test_side_features.py", "test_batches_hold_every_feature"),
-    "sequences": ("data/test_list_columns.py", "test_newest_first_alone_turns_rows_around"),
-    "feature_groups": ("features/test_side_features.py", "test_batches_hold_every_feature"),
-    "data.path": ("training/test_loop.py", "test_other_data_is_refused"),
-    "data.source": ("training/test_list_run.py", "test_runs_are_equal_and_learn_every_feature"),
-    "data.list_columns": ("features/test_list_batches.py", "test_bit_equal_batches"),
-    "data.label_fields": ("data/test_list_columns.py", "test_refused_with_file_and_row"),
-    "data.num_prefetch": (
+# File of tests/, function in it, and the fields that it shows.
+SHOWN_ELSEWHERE = (
+    (
+        "training/test_loop.py",
+        "test_restore_gives_the_trained_state",
+        ("workdir",),
+    ),
+    (
+        "features/test_side_features.py",
+        "test_batches_hold_every_feature",
+        (
+            "features",
+            "raw_features",
+            "feature_groups",
+        ),
+    ),
+    (
+        "data/test_list_columns.py",
+        "test_newest_first_alone_turns_rows_around",
+        ("sequences",),
+    ),
+    (
+        "training/test_loop.py",
+        "test_other_data_is_refused",
+        ("data.path",),
+    ),
+    (
+        "training/test_list_run.py",
+        "test_runs_are_equal_and_learn_every_feature",
+        ("data.source",),
+    ),
+    (
+        "data/test_list_columns.py",
+        "test_refused_with_file_and_row",
+        ("data.label_fields",),
+    ),
+    (
         "features/test_pipeline.py",
         "test_any_order_any_thread_any_prefetch_gives_the_same_batches",
+        ("data.num_prefetch",),
     ),
-    "data.negative_sampler.kind": (
+    (
         "features/test_hard_batches.py",
         "test_simple_negatives_are_those_of_the_plain_sampler",
+        ("data.negative_sampler.kind",),
     ),
-    "data.negative_sampler.num_eval_sample": (
+    (
         "features/test_pipeline.py",
         "test_eval_batches_have_the_training_shape",
+        ("data.negative_sampler.num_eval_sample",),
     ),
-    "data.negative_sampler": (
-        "features/test_hard_batches.py",
-        "test_every_user_has_the_beginning_of_its_list",
-    ),
-    "data.sample_weight_fields": (
+    (
         "features/test_hard_batches.py",
         "test_sample_weights_are_the_users",
+        ("data.sample_weight_fields",),
     ),
-    "model.user_tower.input": ("config/test_resolve.py", "test_a_needed_group_must_be_there"),
-    "model.item_tower.input": ("config/test_resolve.py", "test_a_needed_group_must_be_there"),
-    # What these change is memory, not a number.
-    f"{_STU}.recompute_": ("model/test_recompute.py", "test_each_field_frees_what_its_name_says"),
-    f"{_HSTU}.last_layer": (
+    (
+        "config/test_resolve.py",
+        "test_a_needed_group_must_be_there",
+        (
+            "model.user_tower.input",
+            "model.item_tower.input",
+        ),
+    ),
+    (
         "model/test_stu.py",
         "test_last_position_equals_all_positions_with_dropout",
+        ("model.user_tower.hstu.last_layer",),
     ),
-    f"{_STU}.qk_bias_init": ("model/test_initialization.py", "test_only_the_items_path_changes"),
-    "model.initialization": ("model/test_initialization.py", "test_only_the_items_path_changes"),
-    "model.sequence_timestamp_is_ascending": ("config/test_features.py", "test_refused_together"),
-    "model.kernel": ("test_commands.py", "test_doctor_prints_versions_devices_and_kernel"),
-    f"{_UIH}.action_mlp.parameterized_mlp": ("model/test_towers.py", "test_no_option_is_ignored"),
-    "train.num_steps": ("training/test_loop.py", "test_epochs_end_where_their_batches_do"),
-    "train.num_epochs": ("training/test_loop.py", "test_epochs_end_where_their_batches_do"),
-    "train.mixed_precision": (
+    (
+        "model/test_initialization.py",
+        "test_only_the_items_path_changes",
+        (
+            "model.user_tower.hstu.stu.qk_bias_init",
+            "model.initialization",
+        ),
+    ),
+    (
+        "config/test_features.py",
+        "test_refused_together",
+        ("model.sequence_timestamp_is_ascending",),
+    ),
+    (
+        "model/test_towers.py",
+        "test_no_option_is_ignored",
+        ("model.user_tower.hstu.input_preprocessor.uih_preprocessor.action_mlp.parameterized_mlp",),
+    ),
+    (
+        "training/test_loop.py",
+        "test_epochs_end_where_their_batches_do",
+        (
+            "train.num_steps",
+            "train.num_epochs",
+        ),
+    ),
+    (
         "training/test_mixed_precision.py",
         "test_products_over_tokens_are_bfloat16",
+        ("train.mixed_precision",),
     ),
-    "train.gradient_accumulation": (
+    (
         "training/test_gradients.py",
         "test_the_references_accumulation_adds_losses_and_updates_tables_at_every_batch",
+        (
+            "train.table_updates",
+            "train.gradient_accumulation_steps",
+            "train.gradient_accumulation_mode",
+        ),
     ),
-    "train.table_updates": (
-        "training/test_gradients.py",
-        "test_the_references_accumulation_adds_losses_and_updates_tables_at_every_batch",
-    ),
-    "train.log_step_count_steps": (
+    (
         "training/test_loop.py",
         "test_resuming_gives_the_run_that_was_never_stopped",
+        (
+            "train.log_step_count_steps",
+            "train.save_checkpoints_steps",
+        ),
     ),
-    "train.save_checkpoints_steps": (
-        "training/test_loop.py",
-        "test_resuming_gives_the_run_that_was_never_stopped",
-    ),
-    "train.keep_checkpoint_max": (
+    (
         "training/test_checkpoint.py",
         "test_only_the_newest_checkpoints_are_kept",
+        ("train.keep_checkpoint_max",),
     ),
-    "train.keep_best": (
-        "training/test_loop.py",
-        "test_the_best_validation_is_kept_and_is_one_of_the_average",
-    ),
-    "train.use_tensorboard": (
+    (
         "training/test_metric_log.py",
         "test_tensorboard_events_are_written_if_asked_for",
+        ("train.use_tensorboard",),
     ),
-    "train_metrics": (
-        "training/test_loop.py",
-        "test_train_metrics_are_smoothed_over_windows_of_steps",
+    (
+        "test_commands.py",
+        "test_train_writes_the_closing_table",
+        (
+            "eval.every_num_steps",
+            "eval.baselines",
+        ),
     ),
-    "eval.every_num_steps": ("test_commands.py", "test_train_writes_the_closing_table"),
-    "eval.baselines": ("test_commands.py", "test_train_writes_the_closing_table"),
-    "eval.use_dense_ema": (
+    (
         "training/test_loop.py",
         "test_the_best_validation_is_kept_and_is_one_of_the_average",
+        (
+            "eval.use_dense_ema",
+            "train.keep_best.metric",
+            "train.keep_best.larger_is_better",
+        ),
     ),
-    "eval.oracle": ("training/test_list_run.py", "test_the_oracle_is_of_the_sample_only"),
-    "eval.num_bootstrap": (
+    (
+        "training/test_list_run.py",
+        "test_the_oracle_is_of_the_sample_only",
+        ("eval.oracle",),
+    ),
+    (
         "metrics/test_ranking.py",
         "test_bootstrap_interval_is_seeded_and_has_the_width_of_the_standard_error",
+        ("eval.num_bootstrap",),
     ),
-    "eval": ("training/test_evaluation.py", "test_eval_set_equals_a_loop_over_windows"),
-    "mesh": ("training/test_step.py", "test_two_devices_train_like_one"),
-}
+    (
+        "features/test_list_batches.py",
+        "test_bit_equal_batches",
+        (
+            "data.list_columns.train_input_path",
+            "data.list_columns.validation_input_path",
+            "data.list_columns.eval_input_path",
+            "data.list_columns.item_input_path",
+            "data.list_columns.user_id_field",
+        ),
+    ),
+    (
+        "features/test_item_weights.py",
+        "test_pipeline_draws_by_the_table",
+        ("data.negative_sampler.input_path",),
+    ),
+    (
+        "features/test_item_weights.py",
+        "test_columns_may_be_separated_otherwise",
+        ("data.negative_sampler.field_delimiter",),
+    ),
+    (
+        "features/test_sampler_inputs.py",
+        "test_original_ids_become_lists_of_item_indices_in_file_order",
+        (
+            "data.negative_sampler.user_input_path",
+            "data.negative_sampler.item_input_path",
+            "data.negative_sampler.hard_neg_edge_input_path",
+        ),
+    ),
+    (
+        "features/test_hard_batches.py",
+        "test_every_user_has_the_beginning_of_its_list",
+        ("data.negative_sampler.num_hard_sample",),
+    ),
+    (
+        "features/test_hard_batches.py",
+        "test_a_random_choice_is_a_function_of_seed_step_group_and_user",
+        ("data.negative_sampler.hard_sample_strategy",),
+    ),
+    (
+        "features/test_hard_batches.py",
+        "test_positives_are_kept_where_the_configuration_says_so",
+        ("data.negative_sampler.exclude_positives",),
+    ),
+    (
+        "features/test_sampler_inputs.py",
+        "test_user_ids_may_be_values_of_another_column",
+        ("data.negative_sampler.user_id_field",),
+    ),
+    (
+        "features/test_sampler_inputs.py",
+        "test_attributes_hold_the_fields_and_the_items_own_id",
+        (
+            "data.negative_sampler.item_id_field",
+            "data.negative_sampler.attr_fields",
+            "data.negative_sampler.attr_delimiter",
+        ),
+    ),
+    (
+        "features/test_sampler_inputs.py",
+        "test_unknown_ids_are_dropped_up_to_the_share_and_refused_above",
+        ("data.negative_sampler.max_unknown_share",),
+    ),
+    (
+        "model/test_recompute.py",
+        "test_each_field_frees_what_its_name_says",
+        (
+            "model.user_tower.hstu.stu.recompute_normed_x",
+            "model.user_tower.hstu.stu.recompute_uvqk",
+            "model.user_tower.hstu.stu.recompute_y",
+        ),
+    ),
+    (
+        "model/test_kernel_choice.py",
+        "test_for_a_gpu_a_stack_runs_the_kernels_once",
+        ("model.kernel",),
+    ),
+    (
+        "training/test_evaluation.py",
+        "test_eval_set_equals_a_loop_over_windows",
+        (
+            "eval.exclude_seen",
+            "eval.split",
+            "eval.top_k",
+        ),
+    ),
+    (
+        "training/test_loop.py",
+        "test_train_metrics_are_smoothed_over_windows_of_steps",
+        ("train_metrics.recall_at_k",),
+    ),
+    (
+        "training/test_train_metrics.py",
+        "test_windows_by_hand",
+        (
+            "train_metrics.decay_rate",
+            "train_metrics.decay_step",
+        ),
+    ),
+    (
+        "training/test_step.py",
+        "test_two_devices_train_like_one",
+        (
+            "mesh.host",
+            "mesh.chip",
+        ),
+    ),
+)
