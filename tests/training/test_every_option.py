@@ -1,8 +1,8 @@
 """No option is ignored: every field of the configuration changes a result.
 
-Each field stands in a table of `option_tables.py`: what it must change here (the batch, the towers,
-dense parameters or rows of tables after given gradients), or the test elsewhere that shows it. A
-new field without an entry fails. Nothing is compiled: batches are numpy, optimizers run eagerly,
+Each field stands in a table: in `option_tables.py` with what it must change here (the batch, the
+towers, dense parameters or rows of tables after given gradients), or in `options_elsewhere.py` with
+the test that shows it. A new field without an entry fails. Nothing is compiled: batches are numpy, optimizers run eagerly,
 and of the towers it is the traced program that must differ. That values are right, and that they
 differ where they should, is for the tests of each module.
 """
@@ -21,7 +21,7 @@ from hstu_jax.model import feature_lookup, match
 from hstu_jax.tables import lookup, update
 from hstu_jax.training import gradients, partition, schedules, step
 from hstu_jax.training import run as run_lib
-from tests.training import option_tables
+from tests.training import option_tables, options_elsewhere
 from tests.training.small_config import small_config, with_two_tables
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -44,14 +44,14 @@ def test_every_field_stands_in_a_table(small_store, tmp_path):
     config = small_config(small_store, tmp_path)
     batch, towers = option_tables.CHANGES_BATCH, option_tables.CHANGES_TOWERS
     changes = [*batch, *towers, *option_tables.CHANGES_PARAMETERS, *option_tables.CHANGES_ROWS]
-    changes += [name for *_, names in option_tables.SHOWN_ELSEWHERE for name in names]
+    changes += [name for *_, names in options_elsewhere.SHOWN_ELSEWHERE for name in names]
     assert len(changes) == len(set(changes)), "a field stands twice"
     missing = set(leaves(config)) - set(changes)
     assert missing == set()
 
 
 @pytest.mark.parametrize(
-    ("file", "function"), [entry[:2] for entry in option_tables.SHOWN_ELSEWHERE]
+    ("file", "function"), [entry[:2] for entry in options_elsewhere.SHOWN_ELSEWHERE]
 )
 def test_tests_that_are_named_exist(file, function):
     assert f"def {function}(" in (_ROOT / "tests" / file).read_text(encoding="utf-8")
