@@ -2,9 +2,9 @@
 
 Each field stands in a table: in `option_tables.py` with what it must change here (the batch, the
 towers, dense parameters or rows of tables after given gradients), or in `options_elsewhere.py` with
-the test that shows it. A new field without an entry fails. Nothing is compiled: batches are numpy, optimizers run eagerly,
-and of the towers it is the traced program that must differ. That values are right, and that they
-differ where they should, is for the tests of each module.
+the test that shows it. A new field without an entry fails. Nothing is compiled: batches are numpy,
+optimizers run eagerly, and of the towers it is the traced program that must differ. That values are
+right, and that they differ where they should, is for the tests of each module.
 """
 
 import dataclasses
