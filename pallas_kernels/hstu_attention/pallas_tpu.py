@@ -24,7 +24,7 @@ from pallas_kernels.hstu_attention import (
 from pallas_kernels.hstu_attention.layout import SequenceLayout, slot_intervals, token_segments
 from pallas_kernels.hstu_attention.mask import MaskRule
 from pallas_kernels.hstu_attention.pallas_tpu_tiles import Tiles
-from pallas_kernels.hstu_attention.poison import finite_or_zero, poisoned_segments
+from pallas_kernels.hstu_attention.poison import at_tokens, finite_or_zero, poisoned_segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _attend_forward(q, k, v, layout, num_targets, options):
         q_tiles, k_tiles, v_tiles, intervals, schedule.by_query, schedule.count, **settings
     )
     is_bad = poisoned_segments(segment, q, k, v, num_segments=layout.starts.shape[0])
-    output = _from_tiles(tiles, schedule.has_queries, v, _at_tokens(is_bad, segment))
+    output = _from_tiles(tiles, schedule.has_queries, v, at_tokens(is_bad, segment))
     # Beyond the inputs almost nothing is kept: scores are cheap to rebuild, and quadratic.
     return output, (q, k, v, layout, num_targets, is_bad)
 
@@ -201,7 +201,7 @@ def _attend_backward(options, residuals, cotangent):
         *arrays, intervals, schedule.by_key, schedule.count, **settings
     )
     is_bad |= poisoned_segments(segment, cotangent, num_segments=is_bad.shape[0])
-    is_bad_token = _at_tokens(is_bad, segment)
+    is_bad_token = at_tokens(is_bad, segment)
     gradients = (
         _from_tiles(tiles, is_written, primal, is_bad_token)
         for tiles, is_written, primal in (
@@ -265,8 +265,3 @@ def _from_tiles(
     is_written = jnp.repeat(is_written, block_len, axis=1)[:, :row_len, None, None]
     array = jnp.swapaxes(array[:, :, :row_len, :width], 1, 2)
     return jnp.where(is_bad, jnp.nan, jnp.where(is_written, array, 0)).astype(like.dtype)
-
-
-def _at_tokens(is_bad, segment):
-    """Spreads a flag per segment to its tokens, [R, L, 1, 1]; false in padding."""
-    return (is_bad[jnp.maximum(segment, 0)] & (segment >= 0))[:, :, None, None]

@@ -17,7 +17,7 @@ from pallas_kernels import devices, dispatch
 from pallas_kernels.hstu_attention import last_query, self_check, tile_runs, triton_kernels
 from pallas_kernels.hstu_attention.layout import SequenceLayout, slot_intervals, token_segments
 from pallas_kernels.hstu_attention.mask import MaskRule
-from pallas_kernels.hstu_attention.poison import finite_or_zero, poisoned_segments
+from pallas_kernels.hstu_attention.poison import at_tokens, finite_or_zero, poisoned_segments
 from pallas_kernels.hstu_attention.tiles import MAX_WIDTH, Tiles, choose_tiles, padded_width
 
 MIN_CAPABILITY = (8, 0)
@@ -250,6 +250,5 @@ def _to_tiles(array, segment, tiles):
 
 def _from_tiles(tiles, like, is_bad, segment):
     """The kernel's result in the caller's shape, NaN in segments that hold a bad value."""
-    is_bad_token = is_bad[jnp.maximum(segment, 0)] & (segment >= 0)
     result = tiles[:, : like.shape[1], :, : like.shape[3]]
-    return jnp.where(is_bad_token[:, :, None, None], jnp.nan, result).astype(like.dtype)
+    return jnp.where(at_tokens(is_bad, segment), jnp.nan, result).astype(like.dtype)

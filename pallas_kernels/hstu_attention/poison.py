@@ -2,7 +2,7 @@
 
 A tile multiplies masked scores, exact zeros, with every value in the tile, and 0 * NaN is NaN. The
 blockwise paths therefore compute with such values cleared and mark the segments that held them,
-which costs one linear pass. Used by `xla_blockwise.py` and `last_query.py`.
+which costs one linear pass. Used by every path but the dense one.
 """
 
 import jax.numpy as jnp
@@ -32,3 +32,8 @@ def poisoned_segments(
     # Padding writes to an extra entry, which is cut off.
     target = jnp.where(segment >= 0, segment, num_segments)
     return jnp.zeros(num_segments + 1, bool).at[target].max(is_bad)[:num_segments]
+
+
+def at_tokens(is_bad: Bool[Array, "S"], segment: Int[Array, "R L"]) -> Bool[Array, "R L 1 1"]:
+    """Spreads a flag per segment to its tokens; false in padding."""
+    return (is_bad[jnp.maximum(segment, 0)] & (segment >= 0))[:, :, None, None]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hstu_attention.layout import SequenceLayout, slot_intervals, token_segments
 from pallas_kernels.hstu_attention.mask import MaskRule
-from pallas_kernels.hstu_attention.poison import finite_or_zero, poisoned_segments
+from pallas_kernels.hstu_attention.poison import at_tokens, finite_or_zero, poisoned_segments
 
 
 def hstu_attention(
@@ -58,7 +58,7 @@ def _attend_forward(q, k, v, layout, num_targets, rule, alpha, divisor):
     total = _for_each_pair(layout, add_tile, jnp.zeros(v_tiles.shape, jnp.float32))
     is_bad = poisoned_segments(segment, q, k, v, num_segments=layout.starts.shape[0])
     output = _from_tiles(total, layout) / divisor
-    output = jnp.where(_at_tokens(is_bad, segment), jnp.nan, output).astype(v.dtype)
+    output = jnp.where(at_tokens(is_bad, segment), jnp.nan, output).astype(v.dtype)
     # Beyond the inputs almost nothing is kept: tiles are cheap to rebuild, scores are quadratic.
     return output, (q, k, v, layout, num_targets, is_bad)
 
@@ -92,7 +92,7 @@ def _attend_backward(rule, alpha, divisor, residuals, cotangent):
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_tiles, k_tiles, v_tiles))
     dq, dk, dv = _for_each_pair(layout, add_tile, zeros)
     is_bad |= poisoned_segments(segment, cotangent, num_segments=is_bad.shape[0])
-    is_bad_token = _at_tokens(is_bad, segment)
+    is_bad_token = at_tokens(is_bad, segment)
     gradients = (
         jnp.where(is_bad_token, jnp.nan, _from_tiles(total, layout)).astype(primal.dtype)
         for total, primal in ((dq * alpha, q), (dk, k), (dv, v))
@@ -170,8 +170,3 @@ def _dot(left, right, left_axis, right_axis):
     """Contracts one axis of two tiles, batched over heads, in full float32."""
     dimensions = (((left_axis,), (right_axis,)), ((0,), (0,)))
     return lax.dot_general(left, right, dimensions, precision=lax.Precision.HIGHEST)
-
-
-def _at_tokens(is_bad, segment):
-    """Spreads a flag per segment to its tokens, [R, L, 1, 1]; false in padding."""
-    return (is_bad[jnp.maximum(segment, 0)] & (segment >= 0))[:, :, None, None]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from pallas_kernels.hstu_attention import api, layout
 from pallas_kernels.hstu_attention.mask import MaskRule
-from tests.pallas_kernels import oracle
+from tests.pallas_kernels import dense, oracle
 
 ROWS, ROW_LEN, SEGMENTS = 2, 11, 5
+ALPHA, DIVISOR = 0.6, 5.0
 # (rule, heads, width of q and k, width of v, block length)
 PROGRAMS = (
     (MaskRule(contextual_len=2, max_attn_len=3, min_full_attn_len=2), 1, 3, 2, 4),
@@ -42,28 +43,17 @@ def _compiled(program):
             block_len=block_len,
         )
         attend = functools.partial(
-            api.hstu_attention, layout=built, rule=rule, alpha=0.6, divisor=5.0, num_targets=targets
+            api.hstu_attention,
+            layout=built,
+            rule=rule,
+            alpha=ALPHA,
+            divisor=DIVISOR,
+            num_targets=targets,
         )
         output, vjp = jax.vjp(attend, q, k, v)
         return output, *vjp(g)
 
     return run
-
-
-def _dense(q, k, v, g, mask):
-    """Output and gradients by the formula in float64, all pairs at once."""
-    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
-    logits = 0.6 * np.einsum("rihk,rjhk->rhij", q, k)
-    gate = 1 / (1 + np.exp(-logits))
-    scores = logits * gate / 5.0 * mask[:, None]
-    slope = 0.6 * (gate + logits * gate * (1 - gate)) / 5.0 * mask[:, None]
-    dlogits = np.einsum("rihv,rjhv->rhij", g, v) * slope
-    return (
-        np.einsum("rhij,rjhv->rihv", scores, v),
-        np.einsum("rhij,rjhk->rihk", dlogits, k),
-        np.einsum("rhij,rihk->rjhk", dlogits, q),
-        np.einsum("rhij,rihv->rjhv", scores, g),
-    )
 
 
 @st.composite
@@ -105,7 +95,8 @@ def test_any_segments_equal_the_dense_formula(program, data):
     schedule = (pairs[None], np.array([count], np.int32), jnp.asarray(targets))
     results = _compiled(program)(*values, starts, lengths, *schedule)
     mask = oracle.dense_mask(starts, lengths, targets, ROWS, ROW_LEN, rule)
-    for name, result, e in zip("o dq dk dv".split(), results, _dense(*values, mask), strict=True):
+    expected = dense.attention(*values, mask, ALPHA, DIVISOR)
+    for name, result, e in zip("o dq dk dv".split(), results, expected, strict=True):
         # Relative to the largest value: some 16 roundings of a sum of up to 11 terms.
         scale = max(np.abs(e).max(), 1e-3)
         np.testing.assert_allclose(np.asarray(result), e, rtol=0, atol=2e-6 * scale, err_msg=name)

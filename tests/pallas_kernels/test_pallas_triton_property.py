@@ -18,7 +18,7 @@ from pallas_kernels.hstu_attention import layout, pallas_triton
 from pallas_kernels.hstu_attention.mask import MaskRule
 from pallas_kernels.hstu_attention.tiles import Tile, Tiles
 from pallas_kernels.hstu_attention.triton_kernels import Scale
-from tests.pallas_kernels import oracle
+from tests.pallas_kernels import dense, oracle
 
 ROWS, ROW_LEN, SEGMENTS = 2, 37, 6
 ALPHA, DIVISOR = 0.6, 5.0
@@ -60,22 +60,6 @@ def _mask_data(starts, lengths, targets, rule):
     intervals = layout.slot_intervals(built, targets, rule=rule, padded_len=ROW_LEN)
     bounds = [x for interval in intervals for x in (interval.start, interval.end)]
     return layout.token_segments(built), jnp.stack(bounds, 1)
-
-
-def _dense(q, k, v, g, mask):
-    """Output and gradients by the formula in float64, all pairs at once."""
-    q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
-    logits = ALPHA * np.einsum("rihk,rjhk->rhij", q, k)
-    gate = 1 / (1 + np.exp(-logits))
-    scores = logits * gate / DIVISOR * mask[:, None]
-    slope = ALPHA * (gate + logits * gate * (1 - gate)) / DIVISOR * mask[:, None]
-    dlogits = np.einsum("rihv,rjhv->rhij", g, v) * slope
-    return (
-        np.einsum("rhij,rjhv->rihv", scores, v),
-        np.einsum("rhij,rjhk->rihk", dlogits, k),
-        np.einsum("rhij,rihk->rjhk", dlogits, q),
-        np.einsum("rhij,rihv->rjhv", scores, g),
-    )
 
 
 @st.composite
@@ -122,7 +106,8 @@ def test_any_mask_equals_the_dense_formula(number, example):
     if bounds.shape[1] == 2:
         data = segment, jnp.concatenate([bounds, jnp.zeros_like(bounds)], 1)
     segment = np.asarray(segment)
-    expected = _dense(*values, oracle.dense_mask(starts, lengths, targets, ROWS, ROW_LEN, rule))
+    mask = oracle.dense_mask(starts, lengths, targets, ROWS, ROW_LEN, rule)
+    expected = dense.attention(*values, mask, ALPHA, DIVISOR)
     for x in values:
         x[segment < 0] = np.nan
     is_lost = np.zeros(segment.shape, bool)
