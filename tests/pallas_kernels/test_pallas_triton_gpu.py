@@ -166,7 +166,7 @@ def test_every_width_of_the_table_on_the_gpu(width, dtype):
     ("name", "dtype", "factor"),
     [
         ("window_full_tail_targets", "float32", LONG),
-        ("semi_local_targets", "bfloat16", LONG),
+        ("semi_local_targets", "bfloat16", SHORT),
         ("packed_context", "float16", SHORT),
     ],
 )
