@@ -145,9 +145,15 @@ def examples(
     )
 
 
-def budgets(num_programs: int) -> list:
-    """(program, examples) pairs: 300 examples in every run, ten times as many with -m long."""
-    every = [pytest.param(number, 300 // num_programs) for number in range(num_programs)]
+def budgets(num_programs: int, *, num_short: int | None = None) -> list:
+    """(program, examples) pairs: 300 examples in every run, ten times as many with -m long.
+
+    Args:
+        num_programs: how many there are.
+        num_short: the first so many share the examples of every run; None = all.
+    """
+    num_short = num_short or num_programs
+    every = [pytest.param(number, 300 // num_short) for number in range(num_short)]
     return every + [
         pytest.param(number, 3000 // num_programs, marks=pytest.mark.long)
         for number in range(num_programs)
