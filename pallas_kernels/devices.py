@@ -11,7 +11,7 @@ import jax
 
 # Kinds of NVIDIA devices by a whole word of the name that drivers give (an "RTX A3000" is no A30):
 # what is compiled for a device that is only described (`jax.sharding.AbstractDevice`) has nothing
-# else to go by.
+# else to go by. A device that is present tells its compute capability itself.
 _CAPABILITIES = (
     ("GB200", (10, 0)),
     ("B200", (10, 0)),
@@ -75,11 +75,12 @@ def capability_of_kind(kind: str) -> tuple[int, int] | None:
 
 
 def _describe(device):
-    text = str(getattr(device, "compute_capability", ""))
+    text, kind = str(getattr(device, "compute_capability", "")), device.device_kind
     major, _, minor = text.partition(".")
     # AMD devices give names like gfx942 here.
-    capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-    return Device(device.platform, device.device_kind, capability, is_present=True)
+    told = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    capability = told if text else capability_of_kind(kind)
+    return Device(device.platform, kind, capability, is_present=True)
 
 
 def _default_device():

@@ -6,17 +6,19 @@ fixtures for the recorded reference numbers and the real data sets live here too
 
 import os
 import pathlib
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import pytest
+
 # Most of the suite's time is compilation of small programs: LLVM without optimization takes a third
 # off it, XLA's older emitters of fused loops another third. XLA's passes over whole programs, which
 # decide the order of sums, run as they do in production.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+_CPU_FLAGS = (
+    " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 
 # Many tests, and commands that they start, compile the same program: a cache that lives as long as
@@ -28,16 +30,49 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
-
-# The hook stays on for the whole session: modules are imported as the tests ask for them.
-install_import_hook(["hstu_jax", "pallas_kernels"], "beartype.beartype")
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def environment(given: Mapping[str, str], selected: str) -> dict[str, str]:
+    """Variables to set before JAX is imported.
+
+    Tests run on the CPU with the flags above, unless `JAX_PLATFORMS` says otherwise. With `-m gpu`
+    JAX takes the best device there is, and the flags are those of real runs.
+
+    Args:
+        given: the environment.
+        selected: the expression of `-m`.
+    """
+    wants_gpu = re.search(r"(?<!not )\bgpu\b", selected) is not None
+    platforms = given.get("JAX_PLATFORMS", "" if wants_gpu else "cpu")
+    if platforms != "cpu":
+        return {}
+    flags = given.get("XLA_FLAGS", "")
+    # Workers of pytest-xdist inherit what the controller has set.
+    flags += "" if _CPU_FLAGS in flags else _CPU_FLAGS
+    return {"JAX_PLATFORMS": platforms, "XLA_FLAGS": flags}
+
+
+def pytest_configure(config):
+    """Sets up JAX, before any test module is imported."""
+    os.environ.update(environment(os.environ, config.option.markexpr))
+
+    import jax
+    from jaxtyping import install_import_hook
+
+    # The hook stays on for the whole session: modules are imported as the tests ask for them.
+    install_import_hook(["hstu_jax", "pallas_kernels"], "beartype.beartype")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_runtest_setup(item):
+    """Skips what needs a GPU where JAX finds none."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import jax
+
+    if jax.default_backend() != "gpu":
+        pytest.skip(f"needs an NVIDIA GPU; JAX has {jax.default_backend()}")
 
 
 def pytest_unconfigure(config):

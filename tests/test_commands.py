@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -109,6 +110,16 @@ def test_benchmark_refuses_steps_of_several_batches(trained):
 def test_benchmark_names_the_parts(trained, capsys):
     benchmark.main(trained)
     text = capsys.readouterr().out
-    for part in ("lookup", "attention, all layers", "loss", "table update", "whole step"):
+    for part in (
+        "lookup",
+        "attention, all layers",
+        "loss",
+        "table update",
+        "whole step",
+        "norms, gates, dropout, one layer",
+    ):
         assert part in text
     assert "same bits twice" in text and "NO" not in text
+    # The figure that decides about fusing (docs/performance.md).
+    (share,) = re.findall(r"norms, gates, dropout, all layers +([\d.]+)% of the step", text)
+    assert float(share) > 0

@@ -15,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hstu_jax.model import encoder, feature_lookup, match
+from hstu_jax.model import dropout, encoder, feature_lookup, match, normalization
 from hstu_jax.tables import exchange, lookup
 from hstu_jax.training import partition, step
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 from pallas_kernels.hstu_attention import api as attention
+
+_FUSABLE = "norms, gates, dropout"
+_ONE_LAYER = f"{_FUSABLE}, one layer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,8 @@ class StepTimes:
         peak_bytes: peak memory: of the device where it tells, else of the process.
         is_repeatable: two runs of the step from one state gave the same bits.
         num_compilations: of the training step.
+        fusable_ms: norms, gates and dropout of all STU layers, which a fused kernel would not write
+            to memory and read again; 0 without STU layers.
     """
 
     parts_ms: dict[str, float]
@@ -50,6 +55,7 @@ class StepTimes:
     peak_bytes: int
     is_repeatable: bool
     num_compilations: int
+    fusable_ms: float
 
     def table(self) -> str:
         """The figures as aligned text."""
@@ -65,6 +71,7 @@ class StepTimes:
             ("peak memory", f"{self.peak_bytes / 2**20:,.1f} MiB"),
             ("same bits twice", "yes" if self.is_repeatable else "NO"),
             ("compilations", str(self.num_compilations)),
+            (f"{_FUSABLE}, all layers", f"{self.fusable_ms / best:.1%} of the step"),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -121,6 +128,7 @@ def benchmark_step(run: run_lib.Run, *, num_repeats: int = 10) -> StepTimes:
         peak_bytes=_peak_bytes(run.mesh.devices.flat[0]),
         is_repeatable=is_repeatable,
         num_compilations=run.train_step._cache_size(),
+        fusable_ms=parts.get(_ONE_LAYER, 0.0) * run.config.model.user_tower.hstu.attn_num_layers,
     )
 
 
@@ -192,6 +200,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
         attend = functools.partial(_attention_grad, run.config)
         yield "attention, all layers", place(attend, (split,), split), (batch,)
         yield "projections, all layers", *_projections(run, batch)
+        yield _ONE_LAYER, *_fusable(run, batch)
     yield (
         "towers, forward and backward",
         place(model_grad, (replicated, split, split), (replicated, split)),
@@ -268,8 +277,7 @@ def _projections(run, batch):
     The last layer's outputs are counted at all positions, also where the model computes one.
     """
     stu, hstu = run.config.model.user_tower.hstu.stu, run.config.model.user_tower.hstu
-    _, rows, row_len = batch.time_gap_s.shape
-    num_tokens = run.config.data.num_groups * rows * row_len
+    num_tokens = _num_slots(run, batch)
     value, qk = stu.num_heads * stu.hidden_dim, stu.num_heads * stu.attention_dim
     keys = jax.random.split(jax.random.key(0), 4)
     tokens = jax.random.normal(keys[0], (num_tokens, stu.embedding_dim))
@@ -286,6 +294,46 @@ def _projections(run, batch):
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
     return gradient, (tokens, gated, kernel_in, kernel_out)
+
+
+def _fusable(run, batch):
+    """One layer's work beside attention and products, forward and backward, on random tokens.
+
+    Input norm; SiLU of u; dropout of [u, attended, u * norm(attended)]. Results and gradients are
+    read from memory and written there, as they are between matrix products.
+    """
+    stu = run.config.model.user_tower.hstu.stu
+    dtype = jnp.bfloat16 if run.config.train.mixed_precision else jnp.float32
+    num_tokens = _num_slots(run, batch)
+    identity = dropout.TokenIdentity(
+        user_index=jnp.zeros(num_tokens, jnp.int32), position=jnp.arange(num_tokens)
+    )
+    flat_shape = (num_tokens, stu.num_heads * stu.hidden_dim)
+    shapes = [(num_tokens, stu.embedding_dim), flat_shape]
+    shapes += [(num_tokens, stu.num_heads, stu.hidden_dim), shapes[0], *[flat_shape] * 3]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+    def layer(x, u, attended):
+        gate, flat = jax.nn.silu(u), attended.reshape(flat_shape)
+        heads = normalization.standardize(attended if stu.use_group_norm else flat, eps=1e-6)
+        parts = (gate, flat, gate * heads.reshape(flat_shape).astype(dtype))
+        dropped = dropout.dropout_parts(
+            parts, rate=stu.output_dropout_ratio, key=jax.random.key(1), identity=identity
+        )
+        return normalization.standardize(x, eps=1e-6).astype(dtype), *dropped
+
+    @jax.jit
+    def with_gradients(x, u, attended, *cotangents):
+        outputs, pullback = jax.vjp(layer, x, u, attended)
+        return outputs, pullback(cotangents)
+
+    return with_gradients, tuple(arrays)
+
+
+def _num_slots(run, batch):
+    _, rows, row_len = batch.time_gap_s.shape
+    return run.config.data.num_groups * rows * row_len
 
 
 def _best_ms(function: Callable[..., Any], arguments: tuple[Any, ...], num_repeats: int) -> float:

@@ -285,7 +285,7 @@ def _timed_row(row, passes, layout, rule, arrays, args, report):
         row.implementation,
         layout,
         rule,
-        device_kind=devices.current_device().kind,
+        device=devices.current_device(),
         dtype=jnp.dtype(row.dtype),
         **sizes,
     )

@@ -200,7 +200,7 @@ def _line(case, capability):
     """One line of the table; three figures are those of forward, dq, dk with dv."""
     compiled = check(case, capability)
     tiles = pallas_triton.choose_tiles(
-        KINDS[capability],
+        divmod(capability, 10),
         jnp.dtype(case.dtype),
         qk_dim=case.qk_dim,
         v_dim=case.v_dim,

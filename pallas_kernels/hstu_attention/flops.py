@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from pallas_kernels import devices
 from pallas_kernels.hstu_attention import (
     pallas_tpu_schedule,
     pallas_tpu_tiles,
@@ -73,7 +74,7 @@ def executed_flops(
     layout: SequenceLayout,
     rule: MaskRule,
     *,
-    device_kind: str,
+    device: devices.Device,
     dtype: np.dtype | type,
     num_heads: int,
     qk_dim: int,
@@ -86,7 +87,7 @@ def executed_flops(
         implementation: a name of `api.Implementation`.
         layout: where the segments lie, without targets; built for `rule`.
         rule: the mask.
-        device_kind: name of the device's model, by which kernels choose their tiles.
+        device: what the kernels choose their tiles by.
         dtype: of q, k and v.
         num_heads: H.
         qk_dim: K.
@@ -103,7 +104,7 @@ def executed_flops(
     if implementation == "xla":
         area = int(np.sum(layout.num_block_pairs)) * layout.block_len**2
         return _of_passes(count(area, _FORWARD), count(area, _BACKWARD), passes)
-    sizes = dict(device_kind=device_kind, dtype=jnp.dtype(dtype), qk_dim=qk_dim, v_dim=v_dim)
+    sizes = dict(device=device, dtype=jnp.dtype(dtype), qk_dim=qk_dim, v_dim=v_dim)
     if implementation == "pallas_triton":
         forward, dq, dkv = _triton_areas(layout, rule, **sizes)
         width = tiles.padded_width
@@ -125,10 +126,10 @@ def _of_passes(forward, backward, passes):
     return {"forward": forward, "backward": backward, "both": forward + backward}[passes]
 
 
-def _triton_areas(layout, rule, *, device_kind, dtype, qk_dim, v_dim):
+def _triton_areas(layout, rule, *, device, dtype, qk_dim, v_dim):
     """Pairs of tokens in the tiles that each of the three kernels visits, one head."""
     chosen = tiles.choose_tiles(
-        device_kind, dtype, qk_dim=qk_dim, v_dim=v_dim, row_len=layout.row_len
+        device.capability, dtype, qk_dim=qk_dim, v_dim=v_dim, row_len=layout.row_len
     )
     multiple = chosen.row_multiple
     padded_len = -(-layout.row_len // multiple) * multiple
@@ -145,10 +146,10 @@ def _num_visited(layout, rule, padded_len, block_q, block_k):
     return visited.sum(dtype=jnp.int32)
 
 
-def _tpu_area(layout, *, device_kind, dtype, num_heads, qk_dim, v_dim):
+def _tpu_area(layout, *, device, dtype, num_heads, qk_dim, v_dim):
     """Pairs of tokens in the tiles that the TPU kernels visit, one head."""
     chosen = pallas_tpu_tiles.choose_tiles(
-        device_kind=device_kind,
+        device_kind=device.kind,
         dtype=dtype,
         qk_dim=qk_dim,
         v_dim=v_dim,

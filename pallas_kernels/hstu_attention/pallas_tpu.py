@@ -28,10 +28,16 @@ from pallas_kernels.hstu_attention.poison import at_tokens, finite_or_zero, pois
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
-    """What is compiled in."""
+class Program:
+    """What is compiled in.
 
-    rule: MaskRule
+    Args:
+        alpha: factor of the logits.
+        divisor: what scores are divided by.
+        tiles: sizes of tiles.
+        interpret: as of `hstu_attention`.
+    """
+
     alpha: float
     divisor: float
     tiles: Tiles
@@ -113,8 +119,9 @@ def hstu_attention(
 
 
 def _run(q, k, v, *, layout, rule, alpha, divisor, num_targets=None, tiles, interpret):
-    options = _Options(rule, alpha, divisor, tiles, interpret)
-    return _attend(q, k, v, layout, num_targets, options)
+    intervals = slot_intervals(layout, num_targets, rule=rule, padded_len=layout.row_len)
+    bounds = jnp.stack([x for interval in intervals for x in (interval.start, interval.end)], 1)
+    return attend(q, k, v, layout, bounds, Program(alpha, divisor, tiles, interpret))
 
 
 def hstu_attention_last(
@@ -172,28 +179,46 @@ def _check_tiles(tiles, num_heads, interpret):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, layout, num_targets, options):
-    return _attend_forward(q, k, v, layout, num_targets, options)[0]
+def attend(
+    q: Float[Array, "R L H K"],
+    k: Float[Array, "R L H K"],
+    v: Float[Array, "R L H V"],
+    layout: SequenceLayout,
+    bounds: Int[Array, "R I L"],
+    program: Program,
+) -> Float[Array, "R L H V"]:
+    """The op with its mask as data: one compiled program serves every mask.
+
+    Args:
+        q: queries; anything may stand in padding.
+        k: keys.
+        v: values.
+        layout: where the segments lie, with a block schedule that covers the mask.
+        bounds: start and end, in slots of the row, of each interval of keys that a query sees
+            (start, end, start, end); zeros in padding.
+        program: everything static.
+    """
+    return _attend_forward(q, k, v, layout, bounds, program)[0]
 
 
-def _attend_forward(q, k, v, layout, num_targets, options):
+def _attend_forward(q, k, v, layout, bounds, program):
     segment = token_segments(layout)
-    schedule, intervals, settings = _prepare(layout, num_targets, options)
-    q_tiles, k_tiles, v_tiles = (_to_tiles(x, segment, options.tiles) for x in (q, k, v))
+    schedule, intervals, settings = _prepare(layout, bounds, program)
+    q_tiles, k_tiles, v_tiles = (_to_tiles(x, segment, program.tiles) for x in (q, k, v))
     tiles = pallas_tpu_kernels.forward(
         q_tiles, k_tiles, v_tiles, intervals, schedule.by_query, schedule.count, **settings
     )
     is_bad = poisoned_segments(segment, q, k, v, num_segments=layout.starts.shape[0])
     output = _from_tiles(tiles, schedule.has_queries, v, at_tokens(is_bad, segment))
     # Beyond the inputs almost nothing is kept: scores are cheap to rebuild, and quadratic.
-    return output, (q, k, v, layout, num_targets, is_bad)
+    return output, (q, k, v, layout, bounds, is_bad)
 
 
-def _attend_backward(options, residuals, cotangent):
-    q, k, v, layout, num_targets, is_bad = residuals
+def _attend_backward(program, residuals, cotangent):
+    q, k, v, layout, bounds, is_bad = residuals
     segment = token_segments(layout)
-    schedule, intervals, settings = _prepare(layout, num_targets, options)
-    arrays = [_to_tiles(x, segment, options.tiles) for x in (q, k, v, cotangent)]
+    schedule, intervals, settings = _prepare(layout, bounds, program)
+    arrays = [_to_tiles(x, segment, program.tiles) for x in (q, k, v, cotangent)]
     dq = pallas_tpu_kernels.backward_query(
         *arrays, intervals, schedule.by_query, schedule.count, **settings
     )
@@ -213,24 +238,21 @@ def _attend_backward(options, residuals, cotangent):
     return *gradients, None, None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _prepare(layout, num_targets, options):
+def _prepare(layout, bounds, program):
     """Schedule, mask intervals by tile, and the keywords of the kernels."""
-    block_len = options.tiles.block_len
+    block_len = program.tiles.block_len
     schedule = pallas_tpu_schedule.build_tile_schedule(layout, block_len=block_len)
-    padded_len = -(-layout.row_len // block_len) * block_len
-    bounds = []
-    for interval in slot_intervals(layout, num_targets, rule=options.rule, padded_len=padded_len):
-        bounds += [interval.start, interval.end]
-    intervals = jnp.stack([x.reshape(layout.num_rows, -1, block_len) for x in bounds], axis=2)
+    padded = _pad(bounds, 2, block_len)
+    intervals = padded.reshape(*bounds.shape[:2], -1, block_len).swapaxes(1, 2)
     settings = dict(
         tile_bits=schedule.tile_bits,
-        tiles=options.tiles,
-        alpha=options.alpha,
-        divisor=options.divisor,
-        interpret=options.interpret,
+        tiles=program.tiles,
+        alpha=program.alpha,
+        divisor=program.divisor,
+        interpret=program.interpret,
     )
     return schedule, intervals, settings  # intervals: [R, T, bounds, block_len]
 

@@ -21,8 +21,8 @@ from pallas_kernels.hstu_attention.poison import at_tokens, finite_or_zero, pois
 from pallas_kernels.hstu_attention.tiles import MAX_WIDTH, Tiles, choose_tiles, padded_width
 
 MIN_CAPABILITY = (8, 0)
-# Tiles of interpret mode, which has no device: those of the usual one.
-_INTERPRETED_KIND = "NVIDIA H100"
+# Tiles of interpret mode, which has no device: those of the usual one, an H100.
+INTERPRETED_CAPABILITY = (9, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def hstu_attention(
     _check_width(q.shape[3], v.shape[3])
     widths = dict(qk_dim=q.shape[3], v_dim=v.shape[3])
     if tiles is None:
-        tiles = choose_tiles(device.kind, q.dtype, row_len=q.shape[1], **widths)
+        tiles = choose_tiles(device.capability, q.dtype, row_len=q.shape[1], **widths)
     kernel = functools.partial(_run, interpret=interpret, tiles=tiles)
     if device.is_present and not interpret:
         self_check.require("pallas_triton", kernel, device, dtype=q.dtype, tiles=tiles, **widths)
@@ -135,7 +135,7 @@ def supports(device: devices.Device) -> bool:
 def _check_device(interpret):
     device = devices.current_device()
     if interpret:
-        return dataclasses.replace(device, kind=_INTERPRETED_KIND)
+        return dataclasses.replace(device, capability=INTERPRETED_CAPABILITY)
     if not supports(device):
         found = f"compute capability {device.capability}" if device.capability else device.platform
         raise dispatch.UnsupportedByKernel(

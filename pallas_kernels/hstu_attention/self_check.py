@@ -2,7 +2,7 @@
 
 Forward and backward of a small ragged case are compared with the path without a kernel, on the
 device itself, once per kernel, kind of device, dtype, widths and tiles. A wrong result refuses the
-kernel.
+kernel. Several processes run one program, so what one of them refuses all refuse.
 """
 
 import concurrent.futures
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from pallas_kernels import devices, dispatch
@@ -27,6 +28,8 @@ _RULE = MaskRule(contextual_len=3, max_attn_len=150)
 # a few units of 2^-8 (bfloat16) or 2^-11 (float16). A fault of the compiler is of order one.
 _TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _verdicts: dict[tuple, str] = {}
+# Bytes of a verdict that processes exchange.
+_MESSAGE_BYTES = 600
 
 
 def require(
@@ -42,6 +45,10 @@ def require(
 ) -> None:
     """Refuses a kernel that is wrong on this device; the answer is remembered.
 
+    With several processes (`jax.distributed`) the answer is theirs together, so all of them must
+    ask, for the same kernels in the same order, as they do while they trace one program. They wait
+    here for each other.
+
     Args:
         implementation: name of the kernel.
         attend: the kernel, with the signature of `xla_blockwise.hstu_attention`.
@@ -53,12 +60,12 @@ def require(
         num_heads: H of the small case; what the tiles need.
 
     Raises:
-        UnsupportedByKernel: a wrong result, or the kernel did not compile or run; names device,
-            driver and versions.
+        UnsupportedByKernel: a wrong result, or the kernel did not compile or run, here or in
+            another process; names device, driver and versions.
     """
     key = (implementation, device.kind, jnp.dtype(dtype).name, qk_dim, v_dim, tiles, num_heads)
     if key not in _verdicts:
-        check = functools.partial(_verdict, attend, dtype, qk_dim, v_dim, num_heads)
+        check = functools.partial(_common_verdict, attend, dtype, qk_dim, v_dim, num_heads)
         # In a thread of its own: the caller is usually inside a trace (jit, grad, shard_map),
         # which would swallow the computation, and that state belongs to its thread.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -76,6 +83,27 @@ def require(
             f"{key[2]}, widths {qk_dim} and {v_dim}: {_verdicts[key]} ({_versions(device)}); use "
             "'xla', and report this."
         )
+
+
+def _common_verdict(*args):
+    """What is wrong here, or else in the first process where something is; or an empty string."""
+    verdict = _verdict(*args)
+    return verdict if jax.process_count() == 1 else _first_refusal(verdict)
+
+
+def _first_refusal(verdict):
+    """All processes' verdicts in one: that of the first process that refuses, with its number."""
+    message = np.zeros(_MESSAGE_BYTES, np.uint8)
+    encoded = verdict.encode("utf-8")[:_MESSAGE_BYTES]
+    message[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    verdicts = [
+        bytes(row).rstrip(b"\0").decode("utf-8", "ignore")
+        for row in np.asarray(multihost_utils.process_allgather(message))
+    ]
+    # No memory anywhere is no verdict: whoever remembered one would not ask again with the others.
+    order = sorted(range(len(verdicts)), key=lambda p: ("RESOURCE_EXHAUSTED" not in verdicts[p], p))
+    found = (f"process {p} of {len(verdicts)}: {verdicts[p]}" for p in order if verdicts[p])
+    return next(found, "")
 
 
 def _verdict(attend, dtype, qk_dim, v_dim, num_heads):

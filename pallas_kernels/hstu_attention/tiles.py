@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU kernels: a pure function of device kind, dtype, widths and length.
+"""Tile sizes of the GPU kernels: a pure function of compute capability, dtype, widths and length.
 
 The table is a first choice by shared memory and registers, read from compiled code
 (`compile_check.py`, docs/performance.md); nothing in it was timed on a GPU yet. No JAX device is
@@ -9,8 +9,6 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-
-from pallas_kernels import devices
 
 MAX_WIDTH = 256
 # The smallest side of a tensor core product.
@@ -57,9 +55,8 @@ def padded_width(width: int) -> int:
     return max(MIN_BLOCK, 1 << (width - 1).bit_length())
 
 
-def shared_memory_limit(device_kind: str) -> int:
-    """Bytes of shared memory that one program may use; the smallest known for unknown kinds."""
-    capability = devices.capability_of_kind(device_kind)
+def shared_memory_limit(capability: tuple[int, int] | None) -> int:
+    """Bytes of shared memory that one program may use; the smallest known for other devices."""
     return 1024 * _SHARED_KIB.get(capability, _SMALLEST_KIB)
 
 
@@ -91,12 +88,12 @@ _SINGLE = {
 
 
 def choose_tiles(
-    device_kind: str, dtype: np.dtype, *, qk_dim: int, v_dim: int, row_len: int
+    capability: tuple[int, int] | None, dtype: np.dtype, *, qk_dim: int, v_dim: int, row_len: int
 ) -> Tiles:
     """Returns the tiles of the three kernels.
 
     Args:
-        device_kind: name of the device's model.
+        capability: CUDA compute capability of the device (`devices.Device.capability`).
         dtype: of q, k and v.
         qk_dim: K, as the caller has it.
         v_dim: V.
@@ -111,7 +108,7 @@ def choose_tiles(
             f"qk_dim={qk_dim}, v_dim={v_dim}: at most {MAX_WIDTH} each; use more heads."
         )
     is_single = jnp.dtype(dtype) == jnp.float32
-    table = _SINGLE if is_single else _HALF[shared_memory_limit(device_kind) // 1024]
+    table = _SINGLE if is_single else _HALF[shared_memory_limit(capability) // 1024]
     chosen = next(table[most] for most in sorted(table) if width <= most)
     longest = padded_width(row_len)
     return Tiles(*(_cut(tile, longest) for tile in chosen))

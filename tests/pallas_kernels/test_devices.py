@@ -1,11 +1,13 @@
 """The device a program is traced for: a mesh in context, then the default device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import devices
-from pallas_kernels.hstu_attention import compile_check
+from pallas_kernels.hstu_attention import compile_check, tiles
 
 
 def test_the_default_device_is_this_cpu():
@@ -21,6 +23,40 @@ def test_a_described_device_is_not_present():
     with jax.sharding.use_abstract_mesh(compile_check.abstract_gpu("NVIDIA A100-SXM4-80GB")):
         found = devices.current_device()
     assert found == devices.Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), is_present=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Driver:
+    """A device as JAX's client of a GPU gives it."""
+
+    device_kind: str
+    compute_capability: str
+    platform: str = "gpu"
+
+
+@pytest.mark.parametrize(
+    ("told", "capability"),
+    [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None)],
+)
+def test_what_the_driver_tells_goes_before_the_name(told, capability, monkeypatch):
+    """A model that no table here knows, and a name that would say something else."""
+    for kind in ("NVIDIA Something New", "NVIDIA A100-SXM4-80GB"):
+        device = _Driver(kind, told)
+        monkeypatch.setattr(jax, "local_devices", lambda *_, device=device, **__: [device])
+        found = devices.current_device()
+        assert (found.kind, found.capability, found.is_present) == (kind, capability, True)
+    if capability == (9, 0):
+        sizes = dict(qk_dim=128, v_dim=128, row_len=4096)
+        chosen = tiles.choose_tiles(found.capability, jnp.dtype("bfloat16"), **sizes)
+        assert chosen == tiles.choose_tiles((9, 0), jnp.dtype("bfloat16"), **sizes)
+        assert chosen != tiles.choose_tiles((8, 0), jnp.dtype("bfloat16"), **sizes)
+
+
+def test_the_name_decides_where_the_driver_tells_nothing(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [_Driver("NVIDIA A100-SXM4-80GB", "")])
+    assert devices.current_device().capability == (8, 0)
+    monkeypatch.setattr(jax, "local_devices", lambda: [_Driver("NVIDIA Something New", "")])
+    assert devices.current_device().capability is None
 
 
 def test_inside_shard_map_the_mesh_decides():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import devices
 from pallas_kernels.hstu_attention import (
     cases,
     flops,
@@ -16,7 +17,8 @@ from pallas_kernels.hstu_attention.layout import from_lengths
 from pallas_kernels.hstu_attention.mask import MaskRule
 from tests.pallas_kernels import oracle
 
-H100, V5E = "NVIDIA H100 80GB HBM3", "TPU v5e"
+H100 = devices.Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), is_present=False)
+V5E = devices.Device("tpu", "TPU v5e", None, is_present=False)
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 # Rows long enough for several tiles of the kernels, with a part of a tile at the end.
 CASES = {
@@ -56,7 +58,7 @@ def test_executed_flops_by_hand():
     # of 64 visit 1 + 2 + 3 + 4 of 16.
     layout = from_lengths(np.array([256], np.int32), row_len=256, block_len=64)
     count = functools.partial(_executed, layout=layout, rule=MaskRule(), qk_dim=128, v_dim=128)
-    chosen = tiles.choose_tiles(H100, BFLOAT16, qk_dim=128, v_dim=128, row_len=256)
+    chosen = tiles.choose_tiles(H100.capability, BFLOAT16, qk_dim=128, v_dim=128, row_len=256)
     sizes = [(t.block_q, t.block_k) for t in (chosen.forward, chosen.dq, chosen.dkv)]
     assert sizes == [(128, 64), (128, 64), (64, 128)]
     product = 2 * 6 * 128 * 64 * 128
@@ -78,7 +80,7 @@ def test_executed_flops_are_those_of_tiles_with_a_visible_pair(name):
     count = functools.partial(
         _executed, layout=layout, rule=CASES[name].rule, qk_dim=24, v_dim=48, num_heads=3
     )
-    chosen = tiles.choose_tiles(H100, BFLOAT16, qk_dim=24, v_dim=48, row_len=280)
+    chosen = tiles.choose_tiles(H100.capability, BFLOAT16, qk_dim=24, v_dim=48, row_len=280)
     forward, dq, dkv = (
         _visited_area(mask, t.block_q, t.block_k) for t in (chosen.forward, chosen.dq, chosen.dkv)
     )
@@ -88,18 +90,18 @@ def test_executed_flops_are_those_of_tiles_with_a_visible_pair(name):
     blocks = _visited_area(mask, layout.block_len, layout.block_len)
     assert count("xla") == 2 * 3 * blocks * (4 * 24 + 3 * 48)
     chosen = pallas_tpu_tiles.choose_tiles(
-        device_kind=V5E, dtype=BFLOAT16, qk_dim=24, v_dim=48, num_heads=3, row_len=280
+        device_kind=V5E.kind, dtype=BFLOAT16, qk_dim=24, v_dim=48, num_heads=3, row_len=280
     )
     # Tiles of the TPU kernel hold blocks of the layout, not single pairs: none is smaller here.
     scheduled = _by_blocks(mask, layout.block_len)
     area = _visited_area(scheduled, chosen.block_len, chosen.block_len)
-    assert count("pallas_tpu", device_kind=V5E) == 2 * 3 * area * (5 + 4) * 128
+    assert count("pallas_tpu", device=V5E) == 2 * 3 * area * (5 + 4) * 128
 
 
-def _executed(implementation, *, device_kind=H100, num_heads=1, passes="both", **sizes):
+def _executed(implementation, *, device=H100, num_heads=1, passes="both", **sizes):
     return flops.executed_flops(
         implementation,
-        device_kind=device_kind,
+        device=device,
         dtype=BFLOAT16,
         num_heads=num_heads,
         passes=passes,

@@ -1,4 +1,8 @@
-"""The blockwise op under jit, remat, vmap, shard_map; its memory; its form for last queries."""
+"""The op under jit, remat, vmap, shard_map; its memory; its form for last queries.
+
+Paths are "xla" and the Triton kernels in interpret mode, which must give what "xla" gives. The TPU
+kernels have the same tests in `test_pallas_tpu_programs.py`.
+"""
 
 import functools
 
@@ -7,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hstu_attention import api, cases, layout
+from pallas_kernels.hstu_attention import api, cases, layout, pallas_triton
 from pallas_kernels.hstu_attention.mask import MaskRule
+from pallas_kernels.hstu_attention.tiles import Tile, Tiles
 from tests.pallas_kernels import oracle
 
 RULE = MaskRule(contextual_len=2)
@@ -16,8 +21,23 @@ ROWS = ((9, 4, 8), (21,), (), (5, 0, 15))
 OPTIONS = dict(rule=RULE, alpha=0.5, divisor=7.0)
 
 
-def _attend(q, k, v, built, implementation="xla"):
-    return api.hstu_attention(q, k, v, layout=built, implementation=implementation, **OPTIONS)
+# Several tiles to a row.
+TILES = Tiles(Tile(16, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))
+
+
+def _attend(q, k, v, built):
+    return api.hstu_attention(q, k, v, layout=built, implementation="xla", **OPTIONS)
+
+
+def _attend_by_kernel(q, k, v, built):
+    return pallas_triton.hstu_attention(
+        q, k, v, layout=built, interpret=True, tiles=TILES, **OPTIONS
+    )
+
+
+both_paths = pytest.mark.parametrize(
+    "attend", [_attend, _attend_by_kernel], ids=["xla", "pallas_triton"]
+)
 
 
 def _gradients(attend):
@@ -40,27 +60,36 @@ def _assert_equal(actual, expected, atol=1e-6):
         np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=1e-5, atol=atol)
 
 
-def test_remat_gives_the_same_gradients():
+@both_paths
+def test_remat_gives_the_same_gradients(attend):
     arrays, built, expected = _expected()
-    _assert_equal(jax.jit(_gradients(jax.checkpoint(_attend)))(*arrays, built), expected)
+    _assert_equal(jax.jit(_gradients(jax.checkpoint(attend)))(*arrays, built), expected)
 
 
-def test_vmap_over_inputs_is_a_loop():
+@both_paths
+def test_vmap_over_inputs_is_a_loop(attend):
     arrays, built, expected = _expected()
     # The second element has its heads in reverse, so its result is known without another program.
     stacked = [np.stack([x, x[:, :, ::-1]]) for x in arrays]
-    run = jax.jit(jax.vmap(_gradients(_attend), in_axes=(0, 0, 0, 0, None)))
+    run = jax.jit(jax.vmap(_gradients(attend), in_axes=(0, 0, 0, 0, None)))
     results = run(*stacked, built)
     _assert_equal([x[0] for x in results], expected)
     _assert_equal([x[1][:, :, ::-1] for x in results], expected)
 
 
-def test_vmap_over_layouts_is_a_loop():
+@pytest.mark.parametrize(
+    "attend",
+    [
+        pytest.param(_attend, id="xla"),
+        pytest.param(_attend_by_kernel, id="pallas_triton", marks=pytest.mark.long),
+    ],
+)
+def test_vmap_over_layouts_is_a_loop(attend):
     arrays, built, expected = _expected()
     upside_down = cases.build_layout(cases.Case("", ROWS[::-1], RULE))
     both = jax.tree.map(lambda *leaves: np.stack(leaves), built, upside_down)
     stacked = [np.stack([x, x[::-1]]) for x in arrays]
-    results = jax.jit(jax.vmap(_gradients(_attend)))(*stacked, both)
+    results = jax.jit(jax.vmap(_gradients(attend)))(*stacked, both)
     _assert_equal([x[0] for x in results], expected)
     _assert_equal([x[1][::-1] for x in results], expected)
 

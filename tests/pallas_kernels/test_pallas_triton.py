@@ -1,7 +1,7 @@
 """The Triton kernels in interpret mode against float64 loops, at tiles far smaller than a row.
 
 The mask is data of one compiled program, so all cases share a few programs. Lowering and compiling
-for real GPUs is in `test_compile_check.py`.
+for real GPUs is in `test_compile_check.py`, running on one in `test_pallas_triton_gpu.py`.
 """
 
 import functools
@@ -58,14 +58,14 @@ def _mask_data(case):
     return layout.token_segments(built), jnp.stack(bounds, 1)
 
 
-def _program(dtype="float32", interpret=True):
+def _program(dtype="float32"):
     """Jitted (q, k, v, g, segment, bounds) -> (o, dq, dk, dv)."""
-    return _compiled(dtype, interpret)
+    return _compiled(dtype)
 
 
 @functools.cache
-def _compiled(dtype, interpret):
-    program = pallas_triton.Program(Scale(ALPHA, DIVISOR), TILES, NUM_SEGMENTS, interpret)
+def _compiled(dtype):
+    program = pallas_triton.Program(Scale(ALPHA, DIVISOR), TILES, NUM_SEGMENTS, interpret=True)
 
     @jax.jit
     def run(q, k, v, g, segment, bounds):
@@ -119,10 +119,11 @@ def _assert_close(name, actual, expected):
     )
 
 
-def _assert_as_exact_as_dense(name, interpret):
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_every_case_is_as_exact_as_the_dense_form(name):
     case = BY_NAME[name]
     mask, expected = _oracle(case)
-    results = _program(interpret=interpret)(*_inputs(case), *_mask_data(case))
+    results = _program()(*_inputs(case), *_mask_data(case))
     honest = _errors(_dense_program()(*_inputs(case), mask), expected)
     for which, result, error, e in zip(NAMES, results, honest, expected, strict=True):
         _assert_close(which, result, e)
@@ -132,18 +133,6 @@ def _assert_as_exact_as_dense(name, interpret):
         assert np.abs(np.asarray(result, np.float64) - e).max() <= limit, which
         is_padding = ~mask.any(axis=2)
         assert not np.asarray(result)[is_padding].any(), which
-
-
-@pytest.mark.parametrize("name", list(BY_NAME))
-def test_every_case_is_as_exact_as_the_dense_form(name):
-    _assert_as_exact_as_dense(name, interpret=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", list(BY_NAME))
-def test_every_case_compiled_on_the_gpu(name):
-    """JAX_PLATFORMS=cuda pytest -m gpu tests/pallas_kernels"""
-    _assert_as_exact_as_dense(name, interpret=False)
 
 
 def test_very_negative_logits_keep_their_digits():
@@ -271,33 +260,6 @@ def test_wrong_variant_is_caught(variant, monkeypatch):
     for name, result, e in zip(NAMES, results, expected, strict=True):
         with pytest.raises(AssertionError):
             _assert_close(name, result, e)
-
-
-def test_through_the_api_it_equals_xla():
-    """Layout, rule and targets to bounds, and the heuristic's own tiles."""
-    case = BY_NAME["window_full_tail_targets"]
-    targets = cases.targets_of(case)
-    targets = None if targets is None else jnp.asarray(targets)
-    arrays = oracle.random_inputs(len(case.rows), case.row_len)
-
-    @functools.partial(jax.jit, static_argnames="implementation")
-    def run(q, k, v, g, implementation):
-        attend = functools.partial(
-            api.hstu_attention,
-            layout=cases.build_layout(case),
-            rule=case.rule,
-            alpha=ALPHA,
-            divisor=DIVISOR,
-            implementation=implementation,
-            num_targets=targets,
-        )
-        output, vjp = jax.vjp(attend, q, k, v)
-        return output, *vjp(g)
-
-    expected = run(*arrays, implementation="xla")
-    results = run(*arrays, implementation="pallas_triton_interpret")
-    for which, result, e in zip(NAMES, results, expected, strict=True):
-        _assert_close(which, result, np.asarray(e))
 
 
 def test_it_refuses_a_cpu_by_name():

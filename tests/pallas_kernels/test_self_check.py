@@ -2,11 +2,13 @@
 
 import functools
 import logging
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from pallas_kernels import devices, dispatch
 from pallas_kernels.hstu_attention import (
@@ -159,6 +161,70 @@ def test_no_memory_is_no_verdict(pretended_gpu):
     for _ in range(2):
         with pytest.raises(dispatch.UnsupportedByKernel, match="no memory for its self-check"):
             _attend(TOKEN, "pallas_triton")
+    pretended_gpu(xla_blockwise.hstu_attention)
+    np.testing.assert_array_equal(_attend(TOKEN, "pallas_triton"), _attend(TOKEN, "xla"))
+
+
+@pytest.fixture
+def second_process(monkeypatch):
+    """Pretends that this is process 0 of 2; returns how the verdict of the other one is set."""
+    gathered = []
+
+    def use(verdict):
+        def gather(message):
+            assert message.dtype == np.uint8 and threading.current_thread() is not main
+            other = np.zeros_like(message)
+            other[: len(verdict)] = np.frombuffer(verdict.encode(), np.uint8)
+            gathered.append(bytes(message).rstrip(b"\0").decode())
+            return np.stack([message, other])
+
+        monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+        return gathered
+
+    main = threading.current_thread()
+    monkeypatch.setattr(jax, "process_count", lambda *_: 2)
+    return use
+
+
+def test_a_kernel_that_is_right_in_all_processes_runs(pretended_gpu, second_process):
+    pretended_gpu(xla_blockwise.hstu_attention)
+    gathered = second_process("")
+    for _ in range(2):
+        np.testing.assert_array_equal(_attend(TOKEN, "pallas_triton"), _attend(TOKEN, "xla"))
+    assert gathered == [""]  # asked once
+
+
+def test_a_kernel_that_another_process_refuses_is_refused(pretended_gpu, second_process):
+    pretended_gpu(xla_blockwise.hstu_attention)
+    gathered = second_process("largest error of dq is 0.7 of the largest value")
+    for _ in range(2):
+        with pytest.raises(
+            dispatch.UnsupportedByKernel,
+            match="widths 4 and 4: process 1 of 2: largest error of dq is 0.7 of the largest value",
+        ):
+            _attend(TOKEN, "pallas_triton")
+    np.testing.assert_array_equal(_attend(TOKEN, "auto"), _attend(TOKEN, "xla"))
+    assert gathered == [""]
+
+
+def test_a_kernel_that_is_wrong_here_is_told_to_the_others(pretended_gpu, second_process):
+    pretended_gpu(_wrong)
+    gathered = second_process("")
+    with pytest.raises(dispatch.UnsupportedByKernel, match="process 0 of 2: largest error of o is"):
+        _attend(TOKEN, "pallas_triton")
+    assert len(gathered) == 1 and gathered[0].startswith("largest error of o is")
+
+
+def test_no_memory_in_another_process_is_no_verdict(pretended_gpu, second_process):
+    """Also not where this process has one: all ask again together."""
+    for kernel in (xla_blockwise.hstu_attention, _wrong):
+        pretended_gpu(kernel)
+        second_process("XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory")
+        with pytest.raises(
+            dispatch.UnsupportedByKernel, match=r"no memory for its self-check \(process 1 of 2: "
+        ):
+            _attend(TOKEN, "pallas_triton")
+    second_process("")
     pretended_gpu(xla_blockwise.hstu_attention)
     np.testing.assert_array_equal(_attend(TOKEN, "pallas_triton"), _attend(TOKEN, "xla"))
 

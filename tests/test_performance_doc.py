@@ -1,0 +1,128 @@
+"""The commands that docs/performance.md lists for 20 minutes at a GPU, tried where there is none.
+
+Each is read from the page. Its own flags are parsed, then it runs on the CPU with sizes of a few
+tokens put behind them; training and the step are tried up to their configuration (what they do
+beyond it is tested in `test_commands.py`). A command that is new on the page needs an entry here.
+"""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+
+from hstu_jax import doctor
+from hstu_jax.config import resolve
+from hstu_jax.tables import benchmark as tables_benchmark
+from pallas_kernels.hstu_attention import api, benchmark, benchmark_baselines
+from tests import conftest
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "performance.md"
+TINY_ATTENTION = (
+    "--lengths 16 --batch 2 --heads 1 --widths 4 --runs 1 --passes forward --dtype float32 "
+    "--implementations xla"
+).split()
+TINY_TABLES = "--rows 300 --small_rows 100 --dim 4 --ids 8 --steps 2 --blocks 1".split()
+
+
+def _section():
+    text = PAGE.read_text("utf-8")
+    start = text.index("When a GPU is at hand for 20 minutes")
+    return text[start : text.index("\n## ", start)]
+
+
+def _commands():
+    """Every whole command of the list, as words; line breaks inside are spaces."""
+    quoted = re.findall(r"`([^`]+)`", _section())
+    words = [shlex.split(" ".join(text.split())) for text in quoted]
+    return [w for w in words if w[:2] == ["python", "-m"] or w[0] in ("pytest", "cmp")]
+
+
+def _of(module):
+    return [words[3:] for words in _commands() if words[:3] == ["python", "-m", module]]
+
+
+def test_every_command_is_tried_here():
+    tried = {
+        "hstu_jax.doctor",
+        "pallas_kernels.hstu_attention.benchmark",
+        "hstu_jax.benchmark",
+        "hstu_jax.tables.benchmark",
+        "hstu_jax.train",
+    }
+    assert {words[2] for words in _commands() if words[0] == "python"} == tried
+    assert [words for words in _commands() if words[0] == "pytest"] == [["pytest", "-m", "gpu"]]
+
+
+def test_doctor():
+    assert _of("hstu_jax.doctor") == [[]]
+    assert "attention kernel for 'auto'" in doctor.report()
+
+
+def test_the_attention_benchmarks(tmp_path, monkeypatch, capsys):
+    """The sets of sizes are for accelerators only: a kernel is pretended, `xla` runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "auto_implementation", lambda: "pallas_triton")
+    # Seconds on a CPU, and no flag of these commands changes it.
+    monkeypatch.setattr(benchmark_baselines, "matmul_tflops", lambda dtype: 1.0)
+    commands = _of("pallas_kernels.hstu_attention.benchmark")
+    assert sum("--quick" in words for words in commands) == 1
+    # Flags that follow one on the page, without the command itself.
+    more = re.findall(r"`(--all [^`]+)`", _section())
+    commands += [shlex.split(" ".join(text.split())) for text in more]
+    assert len(commands) >= 4
+    for words in commands:
+        benchmark.main([*words, *TINY_ATTENTION])
+        assert " xla " in capsys.readouterr().out
+        if "--json" in words:
+            assert (tmp_path / words[words.index("--json") + 1]).stat().st_size > 0
+
+
+def test_the_table_benchmark(monkeypatch, capsys):
+    (words,) = _of("hstu_jax.tables.benchmark")
+    sizes = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    assert sizes["--rows"] * sizes["--dim"] > 2**31
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words, *TINY_TABLES])
+    tables_benchmark.main()
+    assert "large / small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["hstu_jax.benchmark", "hstu_jax.train"])
+def test_the_configurations(module):
+    commands = _of(module)
+    assert commands
+    for words in commands:
+        if module == "hstu_jax.benchmark":
+            assert words.pop(0) == "step"
+        flags = dict(word.removeprefix("--").split("=", 1) for word in words)
+        assert flags.pop("workdir", "runs/x").startswith("runs/")
+        path, _, variant = flags.pop("config").partition(":")
+        raw = _load(path).get_config(variant)
+        for name, value in flags.items():
+            raw.update_from_flattened_dict({name.removeprefix("config."): value})
+        config = resolve.resolve(raw)
+        if variant == "seed":
+            assert max(f.num_buckets for f in config.features.values()) == 10_000_000
+
+
+def _load(path):
+    """The configuration file, as a module."""
+    spec = importlib.util.spec_from_file_location("config", PAGE.parent.parent / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_list_names_what_it_must():
+    text = " ".join(_section().split())
+    for words in (
+        "norms, gates, dropout, all layers",
+        "Above 25 %",
+        "beyond 2^31 elements",
+        "same bits twice",
+        "cmp runs/one/closing_test.json runs/two/closing_test.json",
+    ):
+        assert words in text
+    assert conftest.environment({}, "gpu") == {}
