@@ -1,9 +1,10 @@
 """Command line that makes data: `python -m hstu_jax.prepare COMMAND ...`.
 
-`sample`, `kuairand` and `interactions` make an event store; `list_columns` writes one as parquet files with a
-training row a line; `hard_negatives` writes the files of a HardNegativeSampler. Here: flags to
-options to one call. The work is in `data/sample.py`, `data/kuairand.py`, `data/interactions.py`,
-`data/list_export.py` and `data/hard_edges.py`. jax is not imported, so the command starts at once.
+`sample`, `kuairand` and `interactions` make an event store; `list_columns` writes one as parquet
+files with a training row a line; `hard_negatives` writes the files of a HardNegativeSampler. Here:
+flags to options to one call. The work is in `data/sample.py`, `data/kuairand.py`,
+`data/interactions.py`, `data/list_export.py` and `data/hard_edges.py`. jax is not
+imported, so the command starts at once.
 """
 
 import argparse

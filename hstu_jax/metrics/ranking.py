@@ -68,11 +68,13 @@ class UserMetrics:
         values: "hit_rate@k", "recall@k", "ndcg@k" for every cutoff and "mrr" -> float64 per user.
         num_users: users with at least one ranked positive.
         num_positives: ranked positives.
+        users: number of each query-user among all, ascending.
     """
 
     values: dict[str, Float[np.ndarray, "users"]]
     num_users: int
     num_positives: int
+    users: Int[np.ndarray, "users"]
 
     def means(self) -> dict[str, float]:
         """Mean of every metric over the users; NaN if there is none."""
@@ -124,7 +126,7 @@ def user_metrics(
     best_rank = np.full(num_users, np.iinfo(np.int64).max)
     np.minimum.at(best_rank, user, ranks)
     values["mrr"] = 1.0 / best_rank
-    return UserMetrics(values, int(num_users), int(ranks.size))
+    return UserMetrics(values, int(num_users), int(ranks.size), has_positive)
 
 
 def bootstrap_interval(
@@ -156,3 +158,31 @@ def bootstrap_interval(
     tail = 50.0 * (1.0 - confidence)
     low, high = np.percentile(np.asarray(means) / values.size, [tail, 100.0 - tail])
     return float(low), float(high)
+
+
+def paired_interval(
+    values: Float[np.ndarray, "users"],
+    baseline: Float[np.ndarray, "users"],
+    *,
+    seed: int,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean difference over the same users.
+
+    A user is drawn with both of its values, so what makes users easy or hard for every ranking
+    cancels: the interval is as a rule much narrower than those of the two means suggest.
+
+    Args:
+        values: of one ranking, one value per user.
+        baseline: of the other ranking, for the same users in the same order.
+        seed: of the resampling.
+        num_resamples: at least 1.
+        confidence: between 0 and 1.
+
+    Returns:
+        Lower and upper end of mean(values) - mean(baseline); NaN without users.
+    """
+    return bootstrap_interval(
+        values - baseline, seed=seed, num_resamples=num_resamples, confidence=confidence
+    )
