@@ -4,6 +4,7 @@ preprocess -> positions and times -> dropout -> STU stack -> postprocess -> last
 are in docs/model.md. The mean encoder leaves the stack out and averages instead. Next: `towers.py`.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -12,7 +13,15 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from hstu_jax.features import batch as features_batch
-from hstu_jax.model import dropout, linear, normalization, positional_encoder, preprocessor, stu
+from hstu_jax.model import (
+    dropout,
+    linear,
+    normalization,
+    positional_encoder,
+    preprocessor,
+    relative_bias,
+    stu,
+)
 from pallas_kernels.hstu_attention import layout as attention_layout
 
 # Uses of dropout here; `match.py` has the item tower's.
@@ -55,6 +64,11 @@ def build_tail(
     dropped = (jnp.asarray(full.lengths) - lengths)[owner]
     position = jnp.where(position < contextual_len, position, position + dropped)
     starts = jnp.asarray(layout.starts)
+    source = jnp.where(
+        segment >= 0,
+        jnp.asarray(full.starts)[owner] + position,
+        full.num_rows * full.row_len,
+    )
     return stu.Tail(
         sequence=stu.Sequence(
             layout=layout,
@@ -66,13 +80,18 @@ def build_tail(
                 lengths > 0, starts + lengths - 1, layout.num_rows * layout.row_len
             ),
             num_targets=sequence.num_targets,
+            time_s=_at(sequence.time_s, source),
+            next_time_s=_at(sequence.next_time_s, source),
         ),
-        source=jnp.where(
-            segment >= 0,
-            jnp.asarray(full.starts)[owner] + position,
-            full.num_rows * full.row_len,
-        ),
+        source=source,
     )
+
+
+def _at(time, source):
+    """Times of the slots that a shorter sequence keeps; infinite in its padding."""
+    if time is None:
+        return None
+    return time.reshape(-1).at[source].get(mode="fill", fill_value=jnp.inf)
 
 
 class Encoder(nn.Module):
@@ -110,6 +129,11 @@ class Encoder(nn.Module):
         num_users = groups * contextual.shape[1]
         layout = batch.sequence_layout()
         sequence, segment = build_sequence(layout, batch.user_index.reshape(-1))
+        time_gap_s = batch.time_gap_s.reshape(-1, row_len)
+        time_s, next_time_s = relative_bias.token_times(
+            layout, time_gap_s, contextual_len=self.preprocess.contextual_len
+        )
+        sequence = dataclasses.replace(sequence, time_s=time_s, next_time_s=next_time_s)
         token_mask = segment >= 0
         input_key, contextual_key = _fold(dropout_key, _INPUT), _fold(dropout_key, _CONTEXTUAL)
         tokens = self.preprocess(
@@ -129,7 +153,7 @@ class Encoder(nn.Module):
             tokens,
             position=sequence.tokens.position,
             segment_len=jnp.asarray(layout.lengths)[jnp.maximum(segment, 0)],
-            time_gap_s=batch.time_gap_s.reshape(-1, row_len),
+            time_gap_s=time_gap_s,
             token_mask=token_mask,
         )
         tokens = dropout.dropout(
