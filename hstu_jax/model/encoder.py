@@ -1,7 +1,8 @@
 """Tokens of a batch -> one vector per user: the HSTU encoder and the mean-pooling baseline.
 
 preprocess -> positions and times -> dropout -> STU stack -> postprocess -> last token; the formulas
-are in docs/model.md. The mean encoder leaves the stack out and averages instead. Next: `towers.py`.
+are in docs/model.md. The mean encoder leaves the stack out and averages instead; `sasrec.py` has
+other layers. Next: `towers.py`.
 """
 
 import dataclasses
@@ -95,7 +96,7 @@ def _at(time, source):
 
 
 class Encoder(nn.Module):
-    """What both encoders share: tokens with positions, and the postprocessor.
+    """What all encoders share: tokens with positions, and the postprocessor.
 
     Attributes:
         preprocess: makes the tokens.
@@ -129,9 +130,10 @@ class Encoder(nn.Module):
         num_users = groups * contextual.shape[1]
         layout = batch.sequence_layout()
         sequence, segment = build_sequence(layout, batch.user_index.reshape(-1))
-        time_gap_s = batch.time_gap_s.reshape(-1, row_len)
         time_s, next_time_s = relative_bias.token_times(
-            layout, time_gap_s, contextual_len=self.preprocess.contextual_len
+            layout,
+            batch.time_gap_s.reshape(-1, row_len),
+            contextual_len=self.preprocess.contextual_len,
         )
         sequence = dataclasses.replace(sequence, time_s=time_s, next_time_s=next_time_s)
         token_mask = segment >= 0
@@ -153,7 +155,7 @@ class Encoder(nn.Module):
             tokens,
             position=sequence.tokens.position,
             segment_len=jnp.asarray(layout.lengths)[jnp.maximum(segment, 0)],
-            time_gap_s=time_gap_s,
+            time_gap_s=batch.time_gap_s.reshape(-1, row_len),
             token_mask=token_mask,
         )
         tokens = dropout.dropout(
@@ -215,14 +217,13 @@ class HstuEncoder(Encoder):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "S D"]:
         """One vector per user slot, groups flattened."""
-        stack_key = _fold(dropout_key, _STACK)
         x, sequence, _ = self.embed(history, contextual, batch, dropout_key=dropout_key)
         tail = None
         if batch.tail is not None:
             contextual_len = self.preprocess.contextual_len
             layout = batch.tail.sequence_layout()
             tail = build_tail(sequence, layout, contextual_len=contextual_len)
-        options = dict(tail=tail, dropout_key=stack_key)
+        options = dict(tail=tail, dropout_key=stack_key(dropout_key))
         if self.last_layer == "last_position":
             x = self.stack.last_position(x, sequence, **options)
         else:
@@ -251,6 +252,11 @@ class MeanEncoder(Encoder):
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         total = jax.ops.segment_sum(flat, bins, num_segments=num_users + 1)[:num_users]
         return self.finish(total / jnp.maximum(lengths, 1)[:, None], sequence, batch)
+
+
+def stack_key(dropout_key: PRNGKeyArray | None) -> PRNGKeyArray | None:
+    """The key of the layers between tokens and postprocessor; each folds in its number."""
+    return _fold(dropout_key, _STACK)
 
 
 def _fold(dropout_key, number):

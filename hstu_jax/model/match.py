@@ -24,6 +24,7 @@ from hstu_jax.model import (
     positional_encoder,
     preprocessor,
     relative_bias,
+    sasrec,
     stu,
     tower_mlp,
     towers,
@@ -243,6 +244,12 @@ def _build_encoder(config, widths):
     )
     if config.user_tower.encoder == "mean":
         return encoder.MeanEncoder(**shared)
+    if config.user_tower.encoder == "sasrec":
+        fields = dataclasses.asdict(config.user_tower.sasrec)
+        fields["ffn_dim"] = fields["ffn_dim"] or hstu.stu.embedding_dim
+        numbers = range(fields.pop("num_blocks"))
+        blocks = tuple(sasrec.SasrecBlock(**fields) for _ in numbers)
+        return sasrec.SasrecEncoder(**shared, blocks=blocks)
     layers = tuple(
         build_stu_layer(
             hstu.stu,

@@ -62,7 +62,7 @@ GRID = dict(row_len=21, num_rows=len(LENGTHS), num_users=7)
 PAPER = dict(use_silu_qkv=True, use_position_bias=True, use_time_bias=True)
 
 
-@pytest.mark.parametrize("variant", ["last_position", "all_positions", "mean", "paper"])
+@pytest.mark.parametrize("variant", ["last_position", "all_positions", "mean", "paper", "sasrec"])
 def test_neither_packing_nor_poison_in_padding_matters_with_dropout_on(variant):
     config = hstu = models.model_config(
         hstu={"last_layer": variant} if variant.endswith("positions") else {},

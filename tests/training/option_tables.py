@@ -91,8 +91,13 @@ CHANGES_BATCH = {
     f"{_STU}.sla_k1": (2, {"data.block_len": 4}),
     f"{_STU}.sla_k2": (24, {"data.block_len": 4, f"{_STU}.sla_k1": 2}),
 }
+_SASREC = {"model.user_tower.encoder": "sasrec"}
 CHANGES_TOWERS = {
     "model.user_tower.encoder": ("mean", {}),
+    "model.user_tower.sasrec.num_blocks": (1, _SASREC),
+    "model.user_tower.sasrec.num_heads": (2, _SASREC),
+    "model.user_tower.sasrec.ffn_dim": (24, _SASREC),
+    "model.user_tower.sasrec.dropout_ratio": (0.4, _SASREC),
     f"{_STU}.embedding_dim": (8, _REFERENCE, {f"{_MLP}.hidden_units": (8,)}),
     f"{_STU}.num_heads": (1, {}),
     f"{_STU}.hidden_dim": (4, _REFERENCE),
