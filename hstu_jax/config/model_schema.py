@@ -185,17 +185,56 @@ class HstuConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SasrecConfig:
+    """The layers of the SASRec encoder; the reference has none (docs/model.md)."""
+
+    num_blocks: int = 2
+    num_heads: int = 1  # must divide hstu.stu.embedding_dim
+    ffn_dim: int = 0  # hidden width of a block's feed-forward layers; 0 = embedding_dim
+    dropout_ratio: float = 0.2  # of attention outputs and feed-forward layers
+
+    def __post_init__(self):
+        for name in ("num_blocks", "num_heads"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(
+            self.ffn_dim >= 0,
+            "ffn_dim",
+            self.ffn_dim,
+            "must not be negative",
+            "use 0 for hstu.stu.embedding_dim",
+        )
+        require_ratio("dropout_ratio", self.dropout_ratio)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class UserTowerConfig:
-    """User tower: a history (UIH) in, one vector out."""
+    """User tower: a history (UIH) in, one vector out.
+
+    Every encoder reads from `hstu` what makes its tokens and its vector: `stu.embedding_dim` (the
+    model's width), `input_preprocessor`, `positional_encoder`, `input_dropout_ratio`,
+    `output_postprocessor` and `timestamp_layernorm`. The rest of `hstu` is the stack of
+    "hstu", and `sasrec` the blocks of "sasrec": another encoder leaves them unread, so that one
+    configuration can be compared under all three.
+    """
 
     input: str = "uih"
-    encoder: Literal["hstu", "mean"] = "hstu"  # "mean" pools the preprocessed tokens: a baseline
+    # "sasrec": softmax attention. "mean" pools the preprocessed tokens. Both are baselines.
+    encoder: Literal["hstu", "sasrec", "mean"] = "hstu"
     hstu: HstuConfig = HstuConfig()
+    sasrec: SasrecConfig = SasrecConfig()
     max_seq_len: int = 128  # history items; longer histories keep the newest
 
     def __post_init__(self):
         require(self.input == "uih", "input", self.input, "must be 'uih', the only history group")
         require(self.max_seq_len > 0, "max_seq_len", self.max_seq_len, "must be positive")
+        width, heads = self.hstu.stu.embedding_dim, self.sasrec.num_heads
+        require(
+            self.encoder != "sasrec" or width % heads == 0,
+            "sasrec.num_heads",
+            heads,
+            f"must divide hstu.stu.embedding_dim={width}",
+            "change one of them",
+        )
         tail_len = self.hstu.attn_truncation_tail_len
         require(
             tail_len < self.max_seq_len,

@@ -1,10 +1,12 @@
 """Tokens of a batch -> one vector per user, or per query: the HSTU encoder and the mean baseline.
 
 preprocess -> positions and times -> dropout -> STU stack -> last token -> postprocess; the formulas
-are in docs/model.md. The mean encoder leaves the stack out and averages instead. Batches of the
-next-item objective name a token per query, and have a vector for each. Next: `towers.py`.
+are in docs/model.md. The mean encoder leaves the stack out and averages instead; `sasrec.py` has
+other layers. Batches of the next-item objective name a token per query, and have a vector for each.
+Next: `towers.py`.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -13,7 +15,15 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from hstu_jax.features import batch as features_batch
-from hstu_jax.model import dropout, linear, normalization, positional_encoder, preprocessor, stu
+from hstu_jax.model import (
+    dropout,
+    linear,
+    normalization,
+    positional_encoder,
+    preprocessor,
+    relative_bias,
+    stu,
+)
 from pallas_kernels.hstu_attention import layout as attention_layout
 
 # Uses of dropout here; `match.py` has the item tower's.
@@ -56,6 +66,11 @@ def build_tail(
     dropped = (jnp.asarray(full.lengths) - lengths)[owner]
     position = jnp.where(position < contextual_len, position, position + dropped)
     starts = jnp.asarray(layout.starts)
+    source = jnp.where(
+        segment >= 0,
+        jnp.asarray(full.starts)[owner] + position,
+        full.num_rows * full.row_len,
+    )
     return stu.Tail(
         sequence=stu.Sequence(
             layout=layout,
@@ -67,17 +82,22 @@ def build_tail(
                 lengths > 0, starts + lengths - 1, layout.num_rows * layout.row_len
             ),
             num_targets=sequence.num_targets,
+            time_s=_at(sequence.time_s, source),
+            next_time_s=_at(sequence.next_time_s, source),
         ),
-        source=jnp.where(
-            segment >= 0,
-            jnp.asarray(full.starts)[owner] + position,
-            full.num_rows * full.row_len,
-        ),
+        source=source,
     )
 
 
+def _at(time, source):
+    """Times of the slots that a shorter sequence keeps; infinite in its padding."""
+    if time is None:
+        return None
+    return time.reshape(-1).at[source].get(mode="fill", fill_value=jnp.inf)
+
+
 class Encoder(nn.Module):
-    """What both encoders share: tokens with positions, and the postprocessor.
+    """What all encoders share: tokens with positions, and the postprocessor.
 
     Attributes:
         preprocess: makes the tokens.
@@ -111,6 +131,12 @@ class Encoder(nn.Module):
         num_users = groups * contextual.shape[1]
         layout = batch.sequence_layout()
         sequence, segment = build_sequence(layout, batch.user_index.reshape(-1))
+        time_s, next_time_s = relative_bias.token_times(
+            layout,
+            batch.time_gap_s.reshape(-1, row_len),
+            contextual_len=self.preprocess.contextual_len,
+        )
+        sequence = dataclasses.replace(sequence, time_s=time_s, next_time_s=next_time_s)
         token_mask = segment >= 0
         input_key, contextual_key = _fold(dropout_key, _INPUT), _fold(dropout_key, _CONTEXTUAL)
         tokens = self.preprocess(
@@ -221,14 +247,13 @@ class HstuEncoder(Encoder):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "S D"]:
         """One vector per user slot, or per query if the batch names their tokens; groups flat."""
-        stack_key = _fold(dropout_key, _STACK)
         x, sequence, _ = self.embed(history, contextual, batch, dropout_key=dropout_key)
         tail = None
         if batch.tail is not None:
             contextual_len = self.preprocess.contextual_len
             layout = batch.tail.sequence_layout()
             tail = build_tail(sequence, layout, contextual_len=contextual_len)
-        options = dict(tail=tail, dropout_key=stack_key)
+        options = dict(tail=tail, dropout_key=stack_key(dropout_key))
         if batch.query_slot is not None:
             return self.finish_queries(self.stack(x, sequence, **options), batch)
         if self.last_layer == "last_position":
@@ -281,6 +306,11 @@ def _running_means(x: Float[Array, "R L D"], position: Int[Array, "R L"]) -> Flo
     starts = (position == 0)[..., None]
     _, total = jax.lax.associative_scan(add, (starts, x.astype(jnp.float32)), axis=1)
     return total / (position + 1)[..., None]
+
+
+def stack_key(dropout_key: PRNGKeyArray | None) -> PRNGKeyArray | None:
+    """The key of the layers between tokens and postprocessor; each folds in its number."""
+    return _fold(dropout_key, _STACK)
 
 
 def _fold(dropout_key, number):

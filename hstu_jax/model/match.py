@@ -23,6 +23,8 @@ from hstu_jax.model import (
     encoder,
     positional_encoder,
     preprocessor,
+    relative_bias,
+    sasrec,
     stu,
     tower_mlp,
     towers,
@@ -245,6 +247,12 @@ def _build_encoder(config, widths):
     )
     if config.user_tower.encoder == "mean":
         return encoder.MeanEncoder(**shared)
+    if config.user_tower.encoder == "sasrec":
+        fields = dataclasses.asdict(config.user_tower.sasrec)
+        fields["ffn_dim"] = fields["ffn_dim"] or hstu.stu.embedding_dim
+        numbers = range(fields.pop("num_blocks"))
+        blocks = tuple(sasrec.SasrecBlock(**fields) for _ in numbers)
+        return sasrec.SasrecEncoder(**shared, blocks=blocks)
     layers = tuple(
         build_stu_layer(
             hstu.stu,
@@ -301,7 +309,8 @@ def build_stu_layer(
     Args:
         config: `stu` section.
         contextual_len: C, contextual tokens of a user.
-        max_seq_len: divisor of attention where `scaling_seqlen` is negative.
+        max_seq_len: history tokens of a user, at most; divisor of attention where
+            `scaling_seqlen` is negative.
         implementation: of the attention.
         objective: decides about the mask of contextual tokens.
     """
@@ -320,6 +329,18 @@ def build_stu_layer(
         recompute_normed_x=config.recompute_normed_x,
         recompute_uvqk=config.recompute_uvqk,
         recompute_y=config.recompute_y,
+        use_silu_qkv=config.use_silu_qkv,
+        logit_bias=_build_relative_bias(config, num_tokens=contextual_len + max_seq_len),
+    )
+
+
+def _build_relative_bias(config, *, num_tokens):
+    if not (config.use_position_bias or config.use_time_bias):
+        return None
+    return relative_bias.RelativeBias(
+        num_distances=num_tokens if config.use_position_bias else 0,
+        num_time_buckets=config.num_time_bias_buckets if config.use_time_bias else 0,
+        time_query=config.time_bias_query,
     )
 
 

@@ -25,7 +25,7 @@ class UserTower(nn.Module):
         normalize: l2-normalise the output (cosine similarity).
     """
 
-    encoder: encoder.HstuEncoder | encoder.MeanEncoder
+    encoder: encoder.Encoder
     output_dim: int
     normalize: bool
 

@@ -219,6 +219,6 @@ def test_options_that_would_not_be_read_are_refused():
     raw.eval.also_with_seen, raw.eval.baselines, raw.eval.mean_baseline = False, False, False
     with pytest.raises(ValueError, match="mean_baseline=False: has no effect with baselines=False"):
         resolve.resolve(raw)
-    raw.eval.oracle, raw.eval.split = True, "validation"
+    raw.eval.mean_baseline, raw.eval.oracle, raw.eval.split = True, True, "validation"
     with pytest.raises(ValueError, match="oracle=True: exists for the test split"):
         resolve.resolve(raw)
