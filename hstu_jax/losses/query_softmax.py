@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 # Scores of a block, over all groups: 4 MiB, which stays in a CPU's cache between its uses.
 _BLOCK_SCORES = 2**20
@@ -121,11 +121,11 @@ _total.defvjp(_total_forward, _total_backward)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Terms:
-    """What a block gives for each of its queries; the last two are None without gradients."""
+    """What a block gives for each of its queries: [G, q], the gradients [G, q, E] or None."""
 
-    loss: Float[Array, "G Q"]
-    score: Float[Array, "G Q"]
-    num_ahead: Int[Array, "G Q"]
+    loss: Any
+    score: Any
+    num_ahead: Any
     to_query: Any = None
     to_positive: Any = None
 
