@@ -22,6 +22,13 @@ def check(config: Any) -> None:
             "is read with model.objective='next_item' only",
             "leave its fields at their defaults, or change the objective",
         )
+        require(
+            config.data.negative_sampler.exclusion == "group",
+            "data.negative_sampler.exclusion",
+            config.data.negative_sampler.exclusion,
+            "is for queries that have scores of their own, which model.objective='window' has not",
+            "leave it 'group', or use 'next_item'",
+        )
         return
     for is_right, rule, advice in (*_data_rules(config), *_model_rules(config)):
         require(is_right, _WHERE, config.model.objective, rule, advice)

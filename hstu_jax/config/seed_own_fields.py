@@ -24,6 +24,7 @@ OWN: dict[str, str] = {
     "data.num_prefetch": "batches made ahead",
     "data.ablation": "takes one kind of input away, to measure what it is worth",
     "data.negative_sampler.weight_exponent": "item weight = training count to this power",
+    "data.negative_sampler.exclusion": "whose positives are no negatives: the group's, the query's",
     "data.negative_sampler.hard_sample_strategy": "the first hard negatives, or a random choice",
     "data.negative_sampler.exclude_positives": "leaves out hard negatives that are positives",
     "data.negative_sampler.max_unknown_share": "of a file's lines that name no user or item",

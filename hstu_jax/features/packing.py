@@ -38,6 +38,8 @@ class BatchSource:
         periods: of the output postprocessor, as for `time_phases`.
         rows: training rows of the next-item objective; None = the windows' histories.
         step_time: the gap that tokens read besides `time_gap_s`; None = none.
+        excludes_group: negatives are no positives of the group; False: the loss leaves out, query
+            by query, what is the query's own positive.
     """
 
     store: event_store.EventStore
@@ -52,6 +54,7 @@ class BatchSource:
     periods: tuple[tuple[int, int], ...] = ()
     rows: next_item.TrainingRows | None = None
     step_time: next_item.StepTime | None = None
+    excludes_group: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,6 +294,7 @@ def _negative_arrays(
 ) -> dict:
     drawn = np.empty((shape.groups, shape.negatives), dtype=np.int32)
     for group, excluded in enumerate(positives):
+        excluded = excluded if source.excludes_group else excluded[:0]
         drawn[group] = source.sampler.draw(group_rng(group), num=shape.negatives, excluded=excluded)
     log_q = source.sampler.log_q(drawn.reshape(-1)).reshape(drawn.shape)
     return {

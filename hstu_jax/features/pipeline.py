@@ -130,6 +130,7 @@ class Pipeline:
             periods=config.model.user_tower.hstu.timestamp_layernorm.pairs,
             rows=rows,
             step_time=next_item.step_time(config),
+            excludes_group=rows is None or config.data.negative_sampler.exclusion == "group",
         )
         self._schedule = windows.Schedule(
             self._windows,

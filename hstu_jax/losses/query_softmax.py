@@ -11,11 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Num
 
 # Scores of a block, over all groups: 4 MiB, which stays in a CPU's cache between its uses.
 _BLOCK_SCORES = 2**20
 _PRECISE = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+# Candidate feature -> its values, for items [G, Q, ...] or [G, M, ...].
+ItemValues = dict[str, Num[Array, "G _ ..."]]
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +48,8 @@ def query_softmax(
     temperature: float,
     log_q_correction: bool,
     query_weight: Float[Array, "G Q"] | None = None,
+    positive_item: ItemValues | None = None,
+    negative_item: ItemValues | None = None,
     block_scores: int = _BLOCK_SCORES,
 ) -> QuerySoftmax:
     """Loss sum of sampled softmax with the positive as the right class.
@@ -63,6 +68,10 @@ def query_softmax(
         temperature: above 0.
         log_q_correction: subtract log q.
         query_weight: weight of each query's loss, at least 0; None weighs all alike.
+        positive_item: what the item tower reads of every positive, [G, Q, ...]; with
+            `negative_item`, [G, M, ...]: a negative that is the same item as a query's positive is
+            not among that query's negatives. None = the sampler has left such items out.
+        negative_item: same.
         block_scores: scores of a block, about; changes memory, and sums only in their order.
 
     Returns:
@@ -81,11 +90,12 @@ def query_softmax(
         positive_log_q = jnp.zeros_like(positive_log_q)
         negative_log_q = jnp.zeros_like(negative_log_q)
     # Unused inputs are cut off here: 0 * NaN in a backward pass would reach the shared negatives.
+    items = (positive_item or {}, negative_item or {})
     loss_sum, scores, num_ahead = _total(
         jnp.where(query_mask[..., None], query, 0),
         jnp.where(query_mask[..., None], positive, 0),
         negative,
-        (weight, positive_log_q, negative_log_q),
+        (weight, positive_log_q, negative_log_q, *items),
         temperature,
         block_scores,
     )
@@ -111,8 +121,13 @@ def _total_forward(query, positive, negative, constants, temperature, block_scor
 def _total_backward(temperature, block_scores, saved, cotangents):
     del temperature, block_scores
     *gradients, constants = saved
-    zeros = jax.tree.map(jnp.zeros_like, constants)
+    zeros = jax.tree.map(_no_gradient, constants)
     return *(cotangents[0] * gradient for gradient in gradients), zeros
+
+
+def _no_gradient(x):
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.zeros_like(x) if is_float else np.zeros(x.shape, jax.dtypes.float0)
 
 
 _total.defvjp(_total_forward, _total_backward)
@@ -134,17 +149,18 @@ def _scan_blocks(
     query, positive, negative, constants, temperature, block_scores, *, with_gradients=False
 ):
     """`_Terms` of all queries and the gradient of the negatives or None, block after block."""
-    weight, positive_log_q, negative_log_q = constants
+    weight, positive_log_q, negative_log_q, positive_item, negative_item = constants
     groups, num_queries, _ = query.shape
     size = max(block_scores // max(groups * negative.shape[1], 1), 1)
     run = functools.partial(
         _block,
         negative=negative,
         negative_log_q=negative_log_q,
+        negative_item=negative_item,
         temperature=temperature,
         with_gradients=with_gradients,
     )
-    inputs = (query, positive, weight, positive_log_q)
+    inputs = (query, positive, weight, positive_log_q, positive_item)
     if size >= num_queries:
         return run(*inputs)
     num_blocks = -(-num_queries // size)
@@ -174,9 +190,11 @@ def _block(
     positive,
     weight,
     positive_log_q,
+    positive_item,
     *,
     negative,
     negative_log_q,
+    negative_item,
     temperature,
     with_gradients,
 ):
@@ -188,9 +206,14 @@ def _block(
     """
     score = jnp.einsum("gqe,gqe->gq", query, positive, **_PRECISE) / temperature
     scores = jnp.einsum("gqe,gme->gqm", query, negative, **_PRECISE) / temperature
-    num_ahead = jnp.sum(~(scores < score[..., None]), axis=-1, dtype=jnp.int32)  # NaN: not below
+    is_ahead = ~(scores < score[..., None])  # NaN: not below
     logit, logits = score - positive_log_q, scores - negative_log_q[:, None]
-    # Every query has negatives, or none has: an empty sum's logarithm.
+    if positive_item:
+        is_other = ~_is_same_item(positive_item, negative_item)
+        is_ahead &= is_other
+        logits = jnp.where(is_other, logits, -jnp.inf)
+    num_ahead = jnp.sum(is_ahead, axis=-1, dtype=jnp.int32)
+    # A query may have no negative: an empty sum's logarithm.
     peak = jnp.max(logits, axis=-1, initial=-jnp.finfo(jnp.float32).max)
     share = jnp.exp(logits - peak[..., None])
     total = jnp.sum(share, axis=-1)
@@ -210,3 +233,15 @@ def _block(
         to_positive=-factor[..., None] * query,
     )
     return terms, to_negative
+
+
+def _is_same_item(positive_item, negative_item):
+    """[G, q, M], whether all values of both are equal."""
+    is_same = None
+    for name, positive in positive_item.items():
+        groups, queries = positive.shape[:2]
+        left = positive.reshape(groups, queries, 1, -1)
+        right = negative_item[name].reshape(groups, 1, -1, left.shape[-1])
+        is_equal = jnp.all(left == right, axis=-1)
+        is_same = is_equal if is_same is None else is_same & is_equal
+    return is_same

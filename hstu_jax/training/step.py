@@ -310,6 +310,7 @@ def score(
             temperature=program.config.model.temperature,
             log_q_correction=program.config.loss.log_q_correction,
             query_weight=query_weight,
+            **step_metrics.items_to_tell_apart(program.config, batch),
         )
     return sampled_softmax.sampled_softmax(
         user=towers.user,

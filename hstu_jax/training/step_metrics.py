@@ -47,6 +47,15 @@ def query_weight(config: schema.Config, batch: batch_lib.Batch) -> Float[Array, 
     return jnp.take_along_axis(batch.sample_weight, batch.positive_user, axis=1)
 
 
+def items_to_tell_apart(
+    config: schema.Config, batch: batch_lib.Batch
+) -> dict[str, query_softmax.ItemValues]:
+    """What `query_softmax` needs to leave out of a query's negatives what is its positive."""
+    if config.data.negative_sampler.exclusion == "group":
+        return {}
+    return {"positive_item": batch.positive, "negative_item": batch.negative}
+
+
 def total_weight(config: schema.Config, batch: batch_lib.Batch) -> Float[Array, ""]:
     """Sum of the weights of all queries of the whole mesh: their number without weights."""
     weight = query_weight(config, batch)

@@ -80,6 +80,7 @@ CHANGES_BATCH = {
     "model.user_tower.max_seq_len": (12, {}),
     "model.objective": ("next_item", {}),
     "model.next_item.time": ("own", {"model.objective": "next_item"}),
+    "data.negative_sampler.exclusion": ("query", {"model.objective": "next_item"}),
     f"{_PHASES}.time_duration_period_units": ((60,), _WAVES),
     f"{_PHASES}.time_duration_units_per_period": ((12,), _WAVES),
     f"{_HSTU}.attn_truncation_split_layer": (
