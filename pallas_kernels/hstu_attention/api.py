@@ -60,11 +60,16 @@ _ONLY_XLA = ("xla",)
 _WITH_BIAS = ("xla", "reference")
 
 
-def auto_implementation() -> str:
+def auto_implementation(*, has_bias: bool = False) -> str:
     """Name of the implementation that "auto" takes for the full op on this device.
 
     A failed self-check, which comes with the first use, can still make it "xla".
+
+    Args:
+        has_bias: the op is given a `bias`.
     """
+    if has_bias:
+        return "xla"
     device = devices.current_device()
     if device.platform == "gpu" and not pallas_triton.supports(device):
         return "xla"

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -304,10 +305,25 @@ def test_memory_is_linear_in_the_length(form):
     assert long < 4096 * 4096  # a quarter of one [L, L] array of float32
 
 
-def test_tables_are_summed_without_scatter():
-    """A scatter that adds has no fixed order on a GPU; everything else has."""
+def test_sums_by_index_are_those_of_a_loop():
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 5, 130):
+        values = jnp.asarray(rng.standard_normal(300), jnp.float32)
+        index = jnp.asarray(rng.integers(0, size, 300), jnp.int32)
+        right = np.bincount(index, np.asarray(values, np.float64), size)
+        for sums in (bias_lib.sum_by_index, bias_lib.sum_by_product):
+            np.testing.assert_allclose(sums(values, index, size=size), right, atol=1e-5)
+
+
+def test_on_a_gpu_tables_are_summed_without_scatter():
+    """A scatter that adds has no fixed order there."""
     arrays, tables, _ = inputs()
-    assert "scatter-add" not in str(jax.make_jaxpr(compiled("xla"))(*arrays, tables))
+    traced = compiled("xla").trace(*arrays, tables)
+    for platform, is_expected in (("cuda", False), ("tpu", False), ("cpu", True)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        scatters = re.findall(r"stablehlo.scatter.*?stablehlo.return", text, re.DOTALL)
+        assert len(scatters) > 0, "poison is marked by a maximum"
+        assert any("stablehlo.add" in each for each in scatters) == is_expected, platform
 
 
 NO_KERNEL = ("pallas_triton", "pallas_triton_interpret", "pallas_tpu", "pallas_tpu_interpret")
@@ -331,6 +347,8 @@ def test_auto_falls_back_from_the_kernel_and_says_so(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         jax.eval_shape(functools.partial(results_of, attend), *arrays, tables)
     assert "pallas_triton is not used: bias=AttentionBias" in caplog.text
+    assert api.auto_implementation() == "pallas_triton"
+    assert api.auto_implementation(has_bias=True) == "xla"
 
 
 @pytest.mark.parametrize(
