@@ -42,8 +42,8 @@ def causal_attention(
 
     @jax.checkpoint
     def attend(q, k, v):
-        logits = jnp.einsum("rihk,rjhk->rhij", q, k) * q.shape[-1] ** -0.5
-        logits = jnp.where(is_seen[:, None], logits.astype(jnp.float32), -jnp.inf)
+        logits = jnp.einsum("rihk,rjhk->rhij", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.where(is_seen[:, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         return jnp.einsum("rhij,rjhk->rihk", weights, v)
 
