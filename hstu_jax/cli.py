@@ -154,7 +154,8 @@ def open_data(config: schema.Config) -> event_store.EventStore:
         if not wants_sample:
             raise FileNotFoundError(
                 f"data.path={path!r}: no such folder; make it with `python -m hstu_jax.prepare "
-                f"kuairand --raw_dir <folder of the CSV files> --out_dir {path}`."
+                f"kuairand --raw_dir <folder of the CSV files> --out_dir {path}` (KuaiRand), or as "
+                "the head of the configuration's file says."
             )
         print(f"data      {path} is missing: generating the sample (invented, not real users)")
         sample.prepare(path)

@@ -1,7 +1,7 @@
 """Evaluates a checkpoint of a run on the whole catalogue: the newest, the best, or a step's.
 
 python -m hstu_jax.evaluate --config=configs/kuairand.py:subset [--config.eval.split=validation]
-    [--checkpoint=best]
+    [--checkpoint=best] [--groups]
 """
 
 import pathlib
@@ -16,6 +16,8 @@ from hstu_jax.training import closing, loop
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "Checkpoint to evaluate: 'latest', 'best' (of train.keep_best), a step."
 )
+_GROUPS = flags.DEFINE_bool("groups", False, "Also by length of the history and by popularity.")
+_RANKS = flags.DEFINE_bool("ranks", False, "Replace the ranks in the workdir, for hstu_jax.report.")
 _OUTPUT = flags.DEFINE_string("output", None, "Also write the figures to this JSON file.")
 
 
@@ -23,8 +25,14 @@ def main(config: schema.Config) -> None:
     """Restores, evaluates, prints the table."""
     store = cli.open_data(config)
     result = loop.restore(config, store, step=checkpoint_step(_CHECKPOINT.value))
-    table = closing.evaluate_beside_baselines(result.run, result.state, train_mean=False)
+    table = closing.evaluate_beside_baselines(
+        result.run, result.state, train_mean=False, beside_best=_CHECKPOINT.value == "latest"
+    )
     print(table.text())
+    if _GROUPS.value:
+        print(table.groups_text())
+    if _RANKS.value:
+        print(f"ranks     {table.write_ranks(result.run.workdir)}")
     if _OUTPUT.value:
         table.write(pathlib.Path(_OUTPUT.value))
         print(f"figures   {_OUTPUT.value}")

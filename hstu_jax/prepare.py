@@ -1,9 +1,10 @@
 """Command line that makes data: `python -m hstu_jax.prepare COMMAND ...`.
 
-`sample` and `kuairand` make an event store; `list_columns` writes one as parquet files with a
-training row a line; `hard_negatives` writes the files of a HardNegativeSampler. Here: flags to
-options to one call. The work is in `data/sample.py`, `data/kuairand.py`, `data/list_export.py` and
-`data/hard_edges.py`. jax is not imported, so the command starts at once.
+`sample`, `kuairand` and `interactions` make an event store; `list_columns` writes one as parquet
+files with a training row a line; `hard_negatives` writes the files of a HardNegativeSampler. Here:
+flags to options to one call. The work is in `data/sample.py`, `data/kuairand.py`,
+`data/interactions.py`, `data/list_export.py` and `data/hard_edges.py`. jax is not
+imported, so the command starts at once.
 """
 
 import argparse
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 from hstu_jax.data import (
     event_store,
     hard_edges,
+    interactions,
     kuairand,
     list_export,
+    raw_interactions,
     sample,
     sample_world,
     summary,
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from_seed.add_argument("--out_dir", default=sample.DEFAULT_DIR, help="folder to make")
     _add_common_flags(from_raw, windowing.WindowOptions())
     from_raw.add_argument("--out_dir", required=True, help="folder to make")
+    _add_interactions(commands)
     _add_hard_negatives(commands)
     from_store = commands.add_parser("list_columns", help="an event store as list columns")
     from_store.add_argument("--from", dest="store", required=True, help="folder of the event store")
@@ -53,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from_store.add_argument("--max_history", type=int, default=0, help="newest entries; 0 = all")
     flags = parser.parse_args(argv)
     try:
-        if flags.command in _FROM_STORE:
-            _FROM_STORE[flags.command](flags)
+        if flags.command in _OWN_FLAGS:
+            _OWN_FLAGS[flags.command](flags)
             return
         windows = windowing.WindowOptions(
             mode=flags.window_mode,
@@ -79,6 +83,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         raise SystemExit(f"error: {error}") from error
+    print(summary.describe(store))
+
+
+def _add_interactions(commands) -> None:
+    help_text = "MovieLens, Amazon ratings or `user item` lines, with leave-one-out windows"
+    command = commands.add_parser("interactions", help=help_text)
+    defaults = interactions.InteractionOptions(raw_format="sequences")
+    command.add_argument("--raw_file", required=True, help="plain or .gz")
+    command.add_argument("--format", required=True, choices=tuple(raw_interactions.FORMATS))
+    command.add_argument("--out_dir", required=True, help="folder to make")
+    for name in ("min_user_events", "min_item_events", "window_events"):
+        command.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
+    command.add_argument("--core", choices=interactions.CORES, default=defaults.core)
+    command.add_argument("--item_weight_exponent", type=float, default=0.0)
+    command.add_argument("--overwrite", action="store_true", help="replace an event store there")
+
+
+def _interactions(flags: argparse.Namespace) -> None:
+    """Writes an event store of a file of interactions."""
+    options = interactions.InteractionOptions(
+        raw_format=flags.format,
+        min_user_events=flags.min_user_events,
+        min_item_events=flags.min_item_events,
+        core=flags.core,
+        window_events=flags.window_events,
+        item_weight_exponent=flags.item_weight_exponent,
+    )
+    store = interactions.prepare(
+        flags.raw_file, flags.out_dir, options=options, overwrite=flags.overwrite
+    )
     print(summary.describe(store))
 
 
@@ -120,8 +154,12 @@ def _export(flags: argparse.Namespace) -> None:
     print("\n".join(settings))
 
 
-# What is made from an event store, by command.
-_FROM_STORE = {"hard_negatives": _hard_negatives, "list_columns": _export}
+# Commands that do not share the flags about windows.
+_OWN_FLAGS = {
+    "hard_negatives": _hard_negatives,
+    "interactions": _interactions,
+    "list_columns": _export,
+}
 
 
 def _add_common_flags(command: argparse.ArgumentParser, rules: windowing.WindowOptions) -> None:

@@ -15,10 +15,13 @@ def main(config: schema.Config) -> None:
     store = cli.open_data(config)
     result = loop.fit(config, store)
     print(result.summary())
-    table = closing.evaluate_beside_baselines(result.run, result.state, train_mean=True)
+    table = closing.evaluate_beside_baselines(
+        result.run, result.state, train_mean=True, beside_best=True
+    )
     path = result.run.workdir / f"closing_{table.split}.json"
     table.write(path)
-    print(f"{table.text()}\nfigures   {path}")
+    ranks = table.write_ranks(result.run.workdir)
+    print(f"{table.text()}\nfigures   {path}\nranks     {ranks}")
 
 
 if __name__ == "__main__":

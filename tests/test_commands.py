@@ -3,15 +3,19 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
-from hstu_jax import benchmark, evaluate, train
-from hstu_jax.config import schema
+from hstu_jax import benchmark, cli, evaluate, train
+from hstu_jax.config import schema, train_schema
+from hstu_jax.training import closing as closing_lib
+from hstu_jax.training import loop, rank_files
 from tests.training.small_config import small_config, with_two_tables
 
 
@@ -64,6 +68,9 @@ def trained(small_store, tmp_path_factory) -> schema.Config:
         config,
         data=dataclasses.replace(config.data, source="event_store", num_groups=2),
         eval=dataclasses.replace(config.eval, baselines=True, every_num_steps=4),
+        train=dataclasses.replace(
+            config.train, keep_best=train_schema.KeepBestConfig(metric="ndcg@100")
+        ),
     )
     flags.FLAGS.mark_as_parsed()  # the mains read their other flags at the defaults
     train.main(config)
@@ -73,23 +80,47 @@ def trained(small_store, tmp_path_factory) -> schema.Config:
 def test_train_writes_the_closing_table(trained, capsys):
     with open(f"{trained.workdir}/closing_test.json") as file:
         closing = json.load(file)
-    names = ["hstu", "mean", "co-occurrence", "last-day", "popularity"]
+    names = ["hstu", "hstu best", "mean", "co-occurrence", "item-knn", "last-day", "popularity"]
     assert list(closing["figures"]) == names
     for figures in closing["figures"].values():
         assert 0 <= figures["recall@10"] <= figures["recall@100"] <= 1
     with open(f"{trained.workdir}/metrics.jsonl") as file:
         kinds = [json.loads(line)["kind"] for line in file]
-    assert kinds == ["train", "train", "validation", "train"]
+    assert kinds == ["train", "train", "validation", "train", "validation"]
+    assert set(closing["groups"]) == set(names)
+    ranks = rank_files.read(pathlib.Path(trained.workdir) / "closing_ranks_test.npz")
+    assert list(ranks.ranks) == names and ranks.step == 6
+    # The best validation of two, evaluated beside the last step.
+    (note,) = [note for note in closing["notes"] if note.startswith("hstu best: step ")]
+    best = loop.restore(trained, cli.open_data(trained), step="best")
+    assert f"step {int(best.state.step)}, the best validation by ndcg@100" in note
+    alone = closing_lib.evaluate_beside_baselines(best.run, best.state, train_mean=False)
+    assert alone.figures()["hstu"]["mrr"] == closing["figures"]["hstu best"]["mrr"]
+    assert "hstu best" not in alone.rows
+
+
+def test_the_trained_baseline_can_be_left_out(trained):
+    without = dataclasses.replace(trained.eval, mean_baseline=False, also_with_seen=True)
+    result = loop.restore(dataclasses.replace(trained, eval=without), cli.open_data(trained))
+    table = closing_lib.evaluate_beside_baselines(result.run, result.state, train_mean=True)
+    assert list(table.rows) == ["hstu", "co-occurrence", "item-knn", "last-day", "popularity"]
+    assert not any(note.startswith("mean") for note in table.notes)
+    assert "the same with seen items in the ranking" in table.text()
 
 
 def test_evaluate_gives_the_same_table_and_trains_nothing(trained, capsys, tmp_path):
-    evaluate.main(trained)
+    ranks = pathlib.Path(trained.workdir) / "closing_ranks_test.npz"
+    ranks.unlink()
+    with flagsaver.flagsaver(groups=True, ranks=True):
+        evaluate.main(trained)
     text = capsys.readouterr().out
     assert "test split, whole catalogue, step 6" in text
     with open(f"{trained.workdir}/closing_test.json") as file:
         expected = json.load(file)["figures"]["mean"]["recall@50"]
     (row,) = [line for line in text.splitlines() if line.startswith("recall@50")]
-    assert float(row.split()[2]) == pytest.approx(expected, abs=1e-4)
+    assert float(row.split()[3]) == pytest.approx(expected, abs=1e-4)
+    assert "hstu best: step" in text and "recall@10 by events of history" in text
+    assert f"ranks     {ranks}" in text and ranks.is_file()
 
 
 def test_the_checkpoint_flag():

@@ -126,7 +126,8 @@ class HstuConfig:
     output_postprocessor: Literal["l2norm", "layernorm", "timestamp_layernorm"] = "l2norm"
     timestamp_layernorm: TimestampLayerNormConfig = TimestampLayerNormConfig()
     # The window objective reads only each user's last position, so the last layer computes only
-    # that one: exact, and about 1.4 times fewer operations at the reference's size.
+    # that one: exact, and about 1.4 times fewer operations at the reference's size. The next-item
+    # objective trains all positions; there this is how evaluation computes its one.
     last_layer: Literal["last_position", "all_positions"] = "last_position"
     # Layers from the split layer on (counted from 0) see the contextual tokens and the newest
     # tail_len items of a history. Both 0 = off.
@@ -184,17 +185,56 @@ class HstuConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SasrecConfig:
+    """The layers of the SASRec encoder; the reference has none (docs/model.md)."""
+
+    num_blocks: int = 2
+    num_heads: int = 1  # must divide hstu.stu.embedding_dim
+    ffn_dim: int = 0  # hidden width of a block's feed-forward layers; 0 = embedding_dim
+    dropout_ratio: float = 0.2  # of attention outputs and feed-forward layers
+
+    def __post_init__(self):
+        for name in ("num_blocks", "num_heads"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(
+            self.ffn_dim >= 0,
+            "ffn_dim",
+            self.ffn_dim,
+            "must not be negative",
+            "use 0 for hstu.stu.embedding_dim",
+        )
+        require_ratio("dropout_ratio", self.dropout_ratio)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class UserTowerConfig:
-    """User tower: a history (UIH) in, one vector out."""
+    """User tower: a history (UIH) in, one vector out.
+
+    Every encoder reads from `hstu` what makes its tokens and its vector: `stu.embedding_dim` (the
+    model's width), `input_preprocessor`, `positional_encoder`, `input_dropout_ratio`,
+    `output_postprocessor` and `timestamp_layernorm`. The rest of `hstu` is the stack of
+    "hstu", and `sasrec` the blocks of "sasrec": another encoder leaves them unread, so that one
+    configuration can be compared under all three.
+    """
 
     input: str = "uih"
-    encoder: Literal["hstu", "mean"] = "hstu"  # "mean" pools the preprocessed tokens: a baseline
+    # "sasrec": softmax attention. "mean" pools the preprocessed tokens. Both are baselines.
+    encoder: Literal["hstu", "sasrec", "mean"] = "hstu"
     hstu: HstuConfig = HstuConfig()
+    sasrec: SasrecConfig = SasrecConfig()
     max_seq_len: int = 128  # history items; longer histories keep the newest
 
     def __post_init__(self):
         require(self.input == "uih", "input", self.input, "must be 'uih', the only history group")
         require(self.max_seq_len > 0, "max_seq_len", self.max_seq_len, "must be positive")
+        width, heads = self.hstu.stu.embedding_dim, self.sasrec.num_heads
+        require(
+            self.encoder != "sasrec" or width % heads == 0,
+            "sasrec.num_heads",
+            heads,
+            f"must divide hstu.stu.embedding_dim={width}",
+            "change one of them",
+        )
         tail_len = self.hstu.attn_truncation_tail_len
         require(
             tail_len < self.max_seq_len,
@@ -221,9 +261,26 @@ class ItemTowerConfig:
         )
 
 
+Objective = Literal["window", "next_item"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextItemConfig:
+    """Options of `objective="next_item"` (docs/model.md)."""
+
+    # The gap that a token's time row is read at, with use_time_encoding: from its event to the
+    # user's next one (to the request, for the last), or from the event before to its own.
+    time: Literal["next_request", "own"] = "next_request"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """HSTU Match: both towers and how they are compared."""
+
+    # "window": all positives of a window are asked for from its request, as in the reference.
+    # "next_item": in training every positive is asked for from the user's last event before it.
+    objective: Objective = "window"
+    next_item: NextItemConfig = NextItemConfig()
 
     user_tower: UserTowerConfig = UserTowerConfig()
     item_tower: ItemTowerConfig = ItemTowerConfig()

@@ -48,6 +48,10 @@ class NegativeSamplerConfig:
     num_eval_sample: int = 0  # 0 = num_sample
     input_path: str = ""
     weight_exponent: float = 0.0
+    # No item is a negative of its own query. "group": negatives are drawn from what is no positive
+    # of the whole group; "query" (next_item): drawn from all items, and each query leaves out its
+    # own, for groups whose positives are a large part of the catalogue.
+    exclusion: Literal["group", "query"] = "group"
     field_delimiter: str = "\t"  # between the columns of the files' lines
     # HardNegativeSampler only, from here.
     user_input_path: str = ""  # id, weight: users that may have hard negatives; "" = all

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from hstu_jax.config import feature_checks
+from hstu_jax.config import feature_checks, objective_checks
 from hstu_jax.config.checks import require, require_cutoffs
 from hstu_jax.config.data_schema import DataConfig
 from hstu_jax.config.feature_schema import IdFeature, RawFeature, SequenceConfig, column_of
@@ -46,8 +46,14 @@ class EvalConfig:
     every_num_steps: int = 0  # on the validation split while training; 0 = only at the end
     top_k: tuple[int, ...] = (1, 5, 10, 50, 100)
     exclude_seen: bool = True
+    also_with_seen: bool = False  # figures with seen items in the ranking too, beside those without
+    # "trained": items with a training event are ranked, positives without one are left out (cold);
+    # "all": every item of the data, as published leave-one-out figures have it.
+    catalogue: Literal["trained", "all"] = "trained"
     use_dense_ema: bool = True  # rank by the averaged parameters where the run keeps them
-    baselines: bool = True  # popularity, co-occurrence and a mean-pooling model beside the result
+    # Popularity, co-occurrence, item-kNN and a mean-pooling model beside the result.
+    baselines: bool = True
+    mean_baseline: bool = True  # False leaves out the mean-pooling model, which has to be trained
     # Also rank by the true probabilities; the generated sample's test split only.
     oracle: bool = False
     num_bootstrap: int = 1000
@@ -57,6 +63,20 @@ class EvalConfig:
         for name in ("every_num_steps", "num_bootstrap"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         require(self.num_bootstrap > 0, "num_bootstrap", self.num_bootstrap, "must be positive")
+        require(
+            self.exclude_seen or not self.also_with_seen,
+            "also_with_seen",
+            self.also_with_seen,
+            "has nothing to add: with exclude_seen=False the figures are with seen items",
+            "leave one of the two at its default",
+        )
+        require(
+            self.baselines or self.mean_baseline,
+            "mean_baseline",
+            self.mean_baseline,
+            "has no effect with baselines=False",
+            "leave it True",
+        )
         require(
             not self.oracle or self.split == "test",
             "oracle",
@@ -110,6 +130,7 @@ class Config:
     def __post_init__(self):
         _check_groups(self)
         feature_checks.check(self)
+        objective_checks.check(self)
         _check_action_mlp(self)
         _check_tables(self)
         _check_widths(self)

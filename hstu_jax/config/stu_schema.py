@@ -5,8 +5,9 @@ mask fields become a rule is `hstu_jax.features.sequence_rules`.
 """
 
 import dataclasses
+from typing import Literal
 
-from hstu_jax.config.checks import require, require_ratio
+from hstu_jax.config.checks import require, require_ratio, require_read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class StuConfig:
     sla_k1: int = 0
     sla_k2: int = 0
     # Tokens at the start that see each other and the whole history; negative = all contextual
-    # tokens, 0 = none: contextual tokens are then masked like history.
+    # tokens, 0 = none: contextual tokens are then masked like history. The next-item objective
+    # has none: they would show every token what comes after it.
     contextual_seq_len: int = -1
     # Computed again in the backward pass instead of kept: less memory, the same numbers.
     recompute_normed_x: bool = True  # the layer norm of the input
@@ -40,6 +42,13 @@ class StuConfig:
     # Not in the reference: the initial bias of q and k. With 0, as there, SiLU attention starts as
     # small weights of either sign; a positive bias starts it as a mean over the history.
     qk_bias_init: float = 0.0
+    # Not in the reference: the layer of the HSTU paper (docs/model.md).
+    use_silu_qkv: bool = False  # SiLU on q, k and v as well as on u
+    use_position_bias: bool = False  # a learned value per distance of two tokens, added to logits
+    use_time_bias: bool = False  # a learned value per bucket of the time between query and key
+    num_time_bias_buckets: int = 128  # newest bucket 0; more than 72 are above 2^31 seconds
+    # When a query asks: at the next event (the request of the newest token), or at its own.
+    time_bias_query: Literal["next_request", "own"] = "next_request"
 
     def __post_init__(self):
         for name in ("embedding_dim", "num_heads", "hidden_dim", "attention_dim"):
@@ -53,6 +62,15 @@ class StuConfig:
             "would divide by zero",
             "use a positive length, or -1 for user_tower.max_seq_len",
         )
+        require(
+            self.num_time_bias_buckets > 0,
+            "num_time_bias_buckets",
+            self.num_time_bias_buckets,
+            "must be positive",
+            "use use_time_bias=False for no time bias",
+        )
+        timed = ("num_time_bias_buckets", "time_bias_query")
+        require_read(self, choice="use_time_bias", readers=dict.fromkeys(timed, (True,)))
         for name in ("max_attn_len", "sla_k1", "sla_k2"):
             value = getattr(self, name)
             require(value >= 0, name, value, "must not be negative", "use 0 for off")

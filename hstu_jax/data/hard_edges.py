@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 from jaxtyping import Bool, Int
 
-from hstu_jax.data import event_store, sampler_files, schema
+from hstu_jax.data import event_store, sampler_files, schema, windowing
 
 EDGE_KINDS = ("hated", "not_clicked")
 ID_KINDS = ("original", "index")
@@ -153,6 +153,11 @@ def _training_events(
     store: event_store.EventStore, kind: str
 ) -> tuple[Bool[np.ndarray, "events"], Bool[np.ndarray, "events"]]:
     """Which events are unwanted, and which are positive, before the validation day."""
+    if windowing.LEAVE_ONE_OUT in store.stats:
+        raise ValueError(
+            f"{store.path}: was cut by leave-one-out, where training ends at another time for every "
+            "user; hard negatives are made from stores that are split by day."
+        )
     try:
         end_s = store.stats["days"]["validation_start_s"]
         names = tuple(store.stats["window_options"]["positive_actions"])

@@ -53,7 +53,7 @@ def oracle_scores(
             "true probabilities; leave the oracle out."
         )
     options = SampleOptions.from_dict(store.stats["options"])
-    if options.windows.mode == "events":
+    if options.windows.mode not in ("day", "train_events"):
         raise ValueError(
             f"window_mode={options.windows.mode!r}: the oracle knows the state before each test "
             "day; prepare the sample with day windows."

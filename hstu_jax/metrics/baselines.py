@@ -1,8 +1,9 @@
 """Rankings without a model: global and last-day popularity, and item-to-item co-occurrence.
 
+Item-kNN is in `item_knn.py` and shares the tuning and the scoring of histories with co-occurrence.
+
 Everything here gives scores for `catalogue.ranks_from_scores`, so that a model and its baselines
-are ranked by one piece of code, on the same positives and exclusions. NumPy only; arrays come from
-the event store, cut by the caller to what may be known (training data only).
+are ranked by one piece of code, on the same positives and exclusions.
 """
 
 import dataclasses
@@ -12,43 +13,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from hstu_jax.metrics import catalogue, ranking
+from hstu_jax.metrics import catalogue, histories
+from hstu_jax.metrics.histories import PairCounts, TuneResult, Windows
 
 _PAIRS_PER_CHUNK = 4_000_000
-# Decides among items that no history item speaks for; far below the smallest co-occurrence score.
-_POPULARITY_TIE_BREAK = 1e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Histories and positives of query-users, as slices of the event list.
-
-    Attributes:
-        event_items: item index of every event; a user's events are adjacent, oldest first.
-        event_is_positive: whether the event counts as a positive.
-        history_start: first event of the window's history.
-        history_end: one past its last event.
-        positive_offsets: positives of window w are `positive_items[offsets[w]:offsets[w + 1]]`.
-        positive_items: item indices.
-    """
-
-    event_items: Int[np.ndarray, "events"]
-    event_is_positive: Bool[np.ndarray, "events"]
-    history_start: Int[np.ndarray, "W"]
-    history_end: Int[np.ndarray, "W"]
-    positive_offsets: Int[np.ndarray, "W_and_one"]
-    positive_items: Int[np.ndarray, "positives"]
-
-    def take(self, windows: Int[np.ndarray, "some"]) -> "Windows":
-        """The same events with some of the windows, in the given order."""
-        offsets, items = take_lists(self.positive_offsets, self.positive_items, windows)
-        return dataclasses.replace(
-            self,
-            history_start=self.history_start[windows],
-            history_end=self.history_end[windows],
-            positive_offsets=offsets,
-            positive_items=items,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,45 +43,22 @@ class CooccurrenceOptions:
             raise ValueError(f"last_items={self.last_items}: must be at least 1; 10 is usual.")
 
 
-GRID = tuple(
-    CooccurrenceOptions(last_items, source, weighting, positives_only)
-    for source, positives_only, last_items, weighting in itertools.product(
-        ("history_to_window", "same_window"),
-        (True, False),
-        (10, 20),
-        ("count", "inverse_sqrt", "cosine"),
+def make_grid(
+    *, last_items: tuple[int, ...], positives_only: tuple[bool, ...] = (True, False)
+) -> tuple[CooccurrenceOptions, ...]:
+    """Every variant with these values of two fields."""
+    return tuple(
+        CooccurrenceOptions(last, source, weighting, only)
+        for source, only, last, weighting in itertools.product(
+            ("history_to_window", "same_window"),
+            positives_only,
+            last_items,
+            ("count", "inverse_sqrt", "cosine"),
+        )
     )
-)
 
 
-@dataclasses.dataclass(frozen=True)
-class PairCounts:
-    """How often item j followed item i: a sparse [N, N] matrix by rows.
-
-    Attributes:
-        offsets: entries of item i are offsets[i]:offsets[i + 1].
-        items: j of each entry, ascending within a row.
-        counts: at least 1.
-    """
-
-    offsets: Int[np.ndarray, "N_and_one"]
-    items: Int[np.ndarray, "entries"]
-    counts: Float[np.ndarray, "entries"]
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneResult:
-    """The best variant and what every variant reached on the validation windows.
-
-    Attributes:
-        options: the variant with the highest recall@10; the first of equals.
-        recall: its recall@10.
-        tried: (options, recall@10) of the whole grid.
-    """
-
-    options: CooccurrenceOptions
-    recall: float
-    tried: tuple[tuple[CooccurrenceOptions, float], ...]
+GRID = make_grid(last_items=(10, 20))
 
 
 def global_popularity(items: Int[np.ndarray, "T"], *, num_items: int) -> Float[np.ndarray, "N"]:
@@ -164,7 +109,9 @@ def count_pairs(train: Windows, options: CooccurrenceOptions, *, num_items: int)
         The counts.
     """
     if options.source == "history_to_window":
-        left_items, left_start, left_end = _last_items(train, options)
+        left_items, left_start, left_end = histories.last_history_items(
+            train, last_items=options.last_items, positives_only=options.positives_only
+        )
     else:
         left_items = train.positive_items
         left_start, left_end = train.positive_offsets[:-1], train.positive_offsets[1:]
@@ -176,9 +123,9 @@ def count_pairs(train: Windows, options: CooccurrenceOptions, *, num_items: int)
     keys, counts = [], []
     for start, stop in itertools.pairwise([*cuts, pairs.size]):
         window = slice(start, stop)
-        left_slot, left_of = _expand_slices(left_start[window], left_end[window])
+        left_slot, left_of = histories.expand_slices(left_start[window], left_end[window])
         # Every left entry meets all positives of its window.
-        right_slot, left_entry = _expand_slices(
+        right_slot, left_entry = histories.expand_slices(
             right_start[window][left_of], right_end[window][left_of]
         )
         left = left_items[left_slot][left_entry].astype(np.int64)
@@ -227,21 +174,13 @@ def cooccurrence_scores(
     if options.weighting == "cosine":
         targets = np.bincount(pair_counts.items, weights=pair_counts.counts, minlength=num_items)
         weights = weights / np.sqrt(targets[pair_counts.items])
-    prior = _POPULARITY_TIE_BREAK * popularity / max(popularity.max(initial=0.0), 1.0)
-    items, item_start, item_end = _last_items(queries, options)
-
-    def score_block(start: int, stop: int):
-        slot, row = _expand_slices(item_start[start:stop], item_end[start:stop])
-        spoken = items[slot]
-        entry, speaker = _expand_slices(
-            pair_counts.offsets[spoken], pair_counts.offsets[spoken + 1]
-        )
-        cell = row[speaker] * num_items + pair_counts.items[entry]
-        size = (stop - start) * num_items
-        scores = np.bincount(cell, weights=weights[entry], minlength=size)
-        return scores.reshape(stop - start, num_items) + prior
-
-    return score_block
+    return histories.history_scores(
+        PairCounts(pair_counts.offsets, pair_counts.items, weights),
+        queries,
+        last_items=options.last_items,
+        positives_only=options.positives_only,
+        popularity=popularity,
+    )
 
 
 def tune(
@@ -273,65 +212,27 @@ def tune(
     Raises:
         ValueError: no validation positive can be ranked.
     """
-    num_windows = validation.history_start.size
-    chosen = np.unique(np.linspace(0, max(num_windows - 1, 0), max_windows).astype(np.int64))
-    chosen = chosen[chosen < num_windows]
-    validation = validation.take(chosen)
-    excluded_offsets, excluded_items = take_lists(excluded_offsets, excluded_items, chosen)
     counted: dict[tuple, PairCounts] = {}
-    tried = []
-    for options in grid:
-        key = (options.source,)
-        if options.source == "history_to_window":
-            key += (options.last_items, options.positives_only)
-        if key not in counted:
-            counted[key] = count_pairs(train, options, num_items=popularity.size)
-        ranks = catalogue.ranks_from_scores(
-            cooccurrence_scores(counted[key], validation, options, popularity=popularity),
-            num_items=popularity.size,
-            positive_offsets=validation.positive_offsets,
-            positive_items=validation.positive_items,
-            excluded_offsets=excluded_offsets,
-            excluded_items=excluded_items,
-            catalogue_mask=catalogue_mask,
-        )
-        if ranks.num_ranked == 0:
-            raise ValueError(
-                f"validation={num_windows} windows: must hold a positive that can be ranked; "
-                "there is nothing to tune on."
-            )
-        metrics = ranking.user_metrics(ranks.ranks, validation.positive_offsets, cutoffs=(10,))
-        tried.append((options, metrics.means()["recall@10"]))
-    best = max(tried, key=lambda pair: pair[1])
-    return TuneResult(best[0], best[1], tuple(tried))
 
+    def variants():
+        for options in grid:
+            key = (options.source,)
+            if options.source == "history_to_window":
+                key += (options.last_items, options.positives_only)
+            if key not in counted:
+                counted[key] = count_pairs(train, options, num_items=popularity.size)
 
-def take_lists(
-    offsets: Int[np.ndarray, "W_and_one"],
-    items: Int[np.ndarray, "entries"],
-    chosen: Int[np.ndarray, "some"],
-) -> tuple[Int[np.ndarray, "some_and_one"], Int[np.ndarray, "chosen_entries"]]:
-    """Offsets and items of some of the lists, in the given order."""
-    slot, _ = _expand_slices(offsets[:-1][chosen], offsets[1:][chosen])
-    sizes = np.diff(offsets)[chosen]
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), items[slot]
+            def scores(queries, options=options, pairs=counted[key]):
+                return cooccurrence_scores(pairs, queries, options, popularity=popularity)
 
+            yield options, scores
 
-def _last_items(windows, options):
-    """Items that may speak, and each window's slice of them (the last ones of its history)."""
-    if options.positives_only:
-        kept = np.flatnonzero(windows.event_is_positive)
-        start = np.searchsorted(kept, windows.history_start)
-        end = np.searchsorted(kept, windows.history_end)
-        items = windows.event_items[kept]
-    else:
-        start, end, items = windows.history_start, windows.history_end, windows.event_items
-    return items, np.maximum(start, end - options.last_items), end
-
-
-def _expand_slices(start, end):
-    """Concatenated ranges start[i]:end[i], and for each entry the i it came from."""
-    sizes = (end - start).astype(np.int64)
-    owner = np.repeat(np.arange(sizes.size), sizes)
-    before = np.cumsum(sizes) - sizes
-    return np.arange(owner.size) - before[owner] + start[owner], owner
+    return histories.best_variant(
+        variants(),
+        validation,
+        num_items=popularity.size,
+        excluded_offsets=excluded_offsets,
+        excluded_items=excluded_items,
+        catalogue_mask=catalogue_mask,
+        max_windows=max_windows,
+    )

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-# Scores of the users start:stop against all N items, in item order.
-ScoreBlock = Callable[[int, int], Float[np.ndarray, "users N"]]
+# Scores of the users start:stop against all N items, in item order. NumPy scores are compared on
+# the host as they are, jax arrays on their device; rows behind the first stop - start are not
+# looked at.
+ScoreBlock = Callable[[int, int], Float[np.ndarray | Array, "users N"]]
 
 _BLOCK_SCORES = 2**23  # scores held at a time, 32 MiB of float32
+_BLOCK_ROWS = 2**18  # scores compared at a time on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +31,14 @@ class CatalogueRanks:
         num_ranked: positives with a rank.
         num_seen: positives dropped because the query-user's exclusions name them.
         num_cold: positives dropped because they are not in the catalogue (and not seen).
+        ranks_with_seen: ranks if nothing were excluded: 0 for those outside the catalogue only.
     """
 
     ranks: Int[np.ndarray, "positives"]
     num_ranked: int
     num_seen: int
     num_cold: int
+    ranks_with_seen: Int[np.ndarray, "positives"]
 
 
 def positive_ranks(
@@ -88,7 +93,7 @@ def vector_scores(
         user_block: most query-users a call may ask for; shorter blocks are padded to it.
 
     Returns:
-        A function of (start, stop) that gives scores [stop - start, N].
+        A function of (start, stop) that gives scores [user_block, N] on the device.
     """
     user_block = user_block or default_user_block(item_vectors.shape[0])
     users = np.asarray(user_vectors, np.float32)
@@ -97,7 +102,7 @@ def vector_scores(
     def score_block(start: int, stop: int):
         block = np.zeros((user_block, users.shape[1]), np.float32)
         block[: stop - start] = users[start:stop]
-        return np.asarray(_inner_products(block, items))[: stop - start]
+        return _inner_products(block, items)
 
     return score_block
 
@@ -126,7 +131,8 @@ def ranks_from_scores(
     """Rank of every positive among the catalogue items that its query-user may be shown.
 
     rank = 1 + number of other items with a score >= the positive's; ties count against it. Other
-    positives of the same query-user are among the others.
+    positives of the same query-user are among the others. Counted, not sorted: a pass over the row
+    for each positive.
 
     Args:
         score_block: scores of query-users start:stop against all N items; not changed.
@@ -158,53 +164,108 @@ def ranks_from_scores(
         catalogue_mask = np.ones(num_items, bool)
     user_block = user_block or default_user_block(num_items)
     ranks = np.zeros(positive_items.size, np.int64)
+    ranks_with_seen = np.zeros(positive_items.size, np.int64)
     num_seen = num_cold = 0
-    for start in range(0, num_users, user_block):
-        stop = min(start + user_block, num_users)
-        scores = np.asarray(score_block(start, stop))
-        if np.isnan(scores).any():
-            row = start + int(np.argmax(np.isnan(scores).any(axis=1)))
-            raise ValueError(f"scores[{row}]=nan: a query-user's scores must be numbers; check it.")
-        # Own copy: what may not be shown must lose even against -inf, so it is counted apart.
-        shown = np.broadcast_to(catalogue_mask, scores.shape).copy()
-        hidden = slice(excluded_offsets[start], excluded_offsets[stop])
-        shown[_list_rows(excluded_offsets, start, stop), excluded_items[hidden]] = False
+    # One shape is compiled: lists of a block are padded to the longest.
+    starts = np.arange(0, num_users, user_block)
+    stops = np.minimum(starts + user_block, num_users)
+    longest = [
+        int(np.max(offsets[stops] - offsets[starts], initial=1))
+        for offsets in (positive_offsets, excluded_offsets)
+    ]
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        scores = score_block(start, stop)
         own = slice(positive_offsets[start], positive_offsets[stop])
         row, item = _list_rows(positive_offsets, start, stop), positive_items[own]
-        is_ranked = shown[row, item]
+        hidden = slice(excluded_offsets[start], excluded_offsets[stop])
+        hidden_row = _list_rows(excluded_offsets, start, stop)
+        lists = (row, item, hidden_row, excluded_items[hidden])
+        if isinstance(scores, jax.Array):
+            counts = _count_on_device(scores, catalogue_mask, *lists, longest=longest)
+        else:
+            counts = _count_on_host(np.asarray(scores)[: stop - start], catalogue_mask, *lists)
+        if counts.is_nan_row[: stop - start].any():
+            bad = start + int(np.argmax(counts.is_nan_row))
+            raise ValueError(f"scores[{bad}]=nan: a query-user's scores must be numbers; check it.")
         is_cold = ~catalogue_mask[item]
-        is_seen = _contains(excluded_offsets, excluded_items, start, stop, num_items, row, item)
-        num_seen += int(np.sum(is_seen))
-        num_cold += int(np.sum(is_cold & ~is_seen))
-        ranks[own][is_ranked] = _ranks_of_block(scores, shown, row[is_ranked], item[is_ranked])
-    return CatalogueRanks(ranks, int(np.sum(ranks > 0)), num_seen, num_cold)
+        num_seen += int(np.sum(counts.is_seen))
+        num_cold += int(np.sum(is_cold & ~counts.is_seen))
+        # Counting "not below" counts the positive itself, which is the 1 of its rank.
+        ranks[own] = np.where(is_cold | counts.is_seen, 0, counts.shown)
+        ranks_with_seen[own] = np.where(is_cold, 0, counts.catalogue)
+    return CatalogueRanks(ranks, int(np.sum(ranks > 0)), num_seen, num_cold, ranks_with_seen)
 
 
-def _ranks_of_block(scores, shown, row, item):
-    """Ranks of the given (row, item) pairs, rows ascending, all of them shown."""
-    ranks = np.empty(row.size, np.int64)
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+    """For each positive, items with a score not below its own; and rows with a score of NaN."""
+
+    catalogue: Int[np.ndarray, "positives"]
+    shown: Int[np.ndarray, "positives"]
+    is_seen: Bool[np.ndarray, "positives"]
+    is_nan_row: Bool[np.ndarray, "users"]
+
+
+def _count_on_host(scores, catalogue_mask, row, item, hidden_row, hidden_item) -> _Counts:
+    """Counts in the scores' own precision: a baseline's float64 may tell apart what float32 ties.
+
+    Rows are ascending.
+    """
+    in_catalogue = np.empty(row.size, np.int64)
+    shown = np.empty(row.size, np.int64)
+    is_hidden = np.zeros(scores.shape, bool)
+    is_hidden[hidden_row, hidden_item] = True
     bounds = np.searchsorted(row, np.arange(scores.shape[0] + 1))
     for position in range(scores.shape[0]):
         own = slice(bounds[position], bounds[position + 1])
         if own.start == own.stop:
             continue
-        # Counting "not below" counts the positive itself, which is the 1 of its rank.
-        others = np.sort(scores[position][shown[position]])
-        below = np.searchsorted(others, scores[position, item[own]], side="left")
-        ranks[own] = others.size - below
-    return ranks
+        not_below = scores[position] >= scores[position, item[own]][:, None]
+        not_below &= catalogue_mask
+        in_catalogue[own] = np.count_nonzero(not_below, axis=1)
+        # What may not be shown must lose even against -inf, so it is counted apart.
+        shown[own] = np.count_nonzero(not_below & ~is_hidden[position], axis=1)
+    return _Counts(in_catalogue, shown, is_hidden[row, item], np.isnan(scores).any(axis=1))
+
+
+def _count_on_device(scores, catalogue_mask, row, item, hidden_row, hidden_item, *, longest):
+    """The same on the scores' device; only the counts come back."""
+    num_positives, num_hidden = longest
+    padded = [_pad(row, num_positives, 0), _pad(item, num_positives, 0)]
+    # A row behind the last one hides nothing.
+    padded += [_pad(hidden_row, num_hidden, scores.shape[0]), _pad(hidden_item, num_hidden, 0)]
+    counted = jax.device_get(_count_not_below(scores, catalogue_mask, *padded))
+    *per_positive, is_nan_row = counted
+    return _Counts(*(values[: row.size] for values in per_positive), is_nan_row)
+
+
+@jax.jit
+def _count_not_below(scores, catalogue_mask, row, item, hidden_row, hidden_item):
+    is_hidden = jnp.zeros(scores.shape, bool).at[hidden_row, hidden_item].set(True, mode="drop")
+
+    def count(positive):
+        row, item = positive
+        not_below = (scores[row] >= scores[row, item]) & catalogue_mask
+        return (
+            jnp.sum(not_below, dtype=jnp.int32),
+            jnp.sum(not_below & ~is_hidden[row], dtype=jnp.int32),
+        )
+
+    # In blocks of positives: all their rows at once would be as large as the scores and more.
+    block = max(1, min(_BLOCK_ROWS // scores.shape[1], row.shape[0]))
+    in_catalogue, shown = jax.lax.map(count, (row, item), batch_size=block)
+    return in_catalogue, shown, is_hidden[row, item], jnp.isnan(scores).any(axis=1)
+
+
+def _pad(values: np.ndarray, length: int, filler: int) -> np.ndarray:
+    padded = np.full(length, filler, np.int32)
+    padded[: values.size] = values
+    return padded
 
 
 def _list_rows(offsets, start, stop):
     """Row within the block of every list entry of query-users start:stop."""
     return np.repeat(np.arange(stop - start), np.diff(offsets[start : stop + 1]))
-
-
-def _contains(offsets, items, start, stop, num_items, row, item):
-    """Whether each (row, item) is in the row's list."""
-    entries = slice(offsets[start], offsets[stop])
-    listed = _list_rows(offsets, start, stop).astype(np.int64) * num_items + items[entries]
-    return np.isin(row.astype(np.int64) * num_items + item, listed)
 
 
 def _check_lists(name, offsets, items, num_items):

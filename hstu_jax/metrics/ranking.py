@@ -54,8 +54,31 @@ def sampled_hits(
     # blocks of queries: all rows at once would be the [Q, M] matrix that nobody stores.
     queries = (row.reshape(-1), positive_scores.reshape(-1))
     num_ahead = jax.lax.map(count_ahead, queries, batch_size=_QUERY_BLOCK)
+    return hits_of_counts(
+        num_ahead.reshape(positive_scores.shape),
+        positive_scores=positive_scores,
+        query_mask=query_mask,
+        cutoffs=cutoffs,
+    )
+
+
+def hits_of_counts(
+    num_ahead: Int[Array, "G Q"],
+    *,
+    positive_scores: Float[Array, "G Q"],
+    query_mask: Bool[Array, "G Q"],
+    cutoffs: tuple[int, ...],
+) -> tuple[Float[Array, "k"], Float[Array, ""]]:
+    """Hits per cutoff and rows, as `sampled_hits`, from negatives that are counted already.
+
+    Args:
+        num_ahead: negatives that do not score below each query's positive.
+        positive_scores: of each query; NaN is no hit.
+        query_mask: queries in use.
+        cutoffs: the k, each at least 1.
+    """
     is_query = query_mask & ~jnp.isnan(positive_scores)
-    num_ahead = jnp.where(is_query.reshape(-1), num_ahead, max(cutoffs))
+    num_ahead = jnp.where(is_query, num_ahead, max(cutoffs))
     hits = [jnp.sum(num_ahead < cutoff, dtype=jnp.float32) for cutoff in cutoffs]
     return jnp.stack(hits), jnp.sum(query_mask, dtype=jnp.float32)
 
@@ -68,11 +91,13 @@ class UserMetrics:
         values: "hit_rate@k", "recall@k", "ndcg@k" for every cutoff and "mrr" -> float64 per user.
         num_users: users with at least one ranked positive.
         num_positives: ranked positives.
+        users: number of each query-user among all, ascending.
     """
 
     values: dict[str, Float[np.ndarray, "users"]]
     num_users: int
     num_positives: int
+    users: Int[np.ndarray, "users"]
 
     def means(self) -> dict[str, float]:
         """Mean of every metric over the users; NaN if there is none."""
@@ -124,7 +149,7 @@ def user_metrics(
     best_rank = np.full(num_users, np.iinfo(np.int64).max)
     np.minimum.at(best_rank, user, ranks)
     values["mrr"] = 1.0 / best_rank
-    return UserMetrics(values, int(num_users), int(ranks.size))
+    return UserMetrics(values, int(num_users), int(ranks.size), has_positive)
 
 
 def bootstrap_interval(
@@ -156,3 +181,31 @@ def bootstrap_interval(
     tail = 50.0 * (1.0 - confidence)
     low, high = np.percentile(np.asarray(means) / values.size, [tail, 100.0 - tail])
     return float(low), float(high)
+
+
+def paired_interval(
+    values: Float[np.ndarray, "users"],
+    baseline: Float[np.ndarray, "users"],
+    *,
+    seed: int,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean difference over the same users.
+
+    A user is drawn with both of its values, so what makes users easy or hard for every ranking
+    cancels: the interval is as a rule much narrower than those of the two means suggest.
+
+    Args:
+        values: of one ranking, one value per user.
+        baseline: of the other ranking, for the same users in the same order.
+        seed: of the resampling.
+        num_resamples: at least 1.
+        confidence: between 0 and 1.
+
+    Returns:
+        Lower and upper end of mean(values) - mean(baseline); NaN without users.
+    """
+    return bootstrap_interval(
+        values - baseline, seed=seed, num_resamples=num_resamples, confidence=confidence
+    )

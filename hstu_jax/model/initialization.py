@@ -25,13 +25,14 @@ def align(params: dict[str, Any], *, value_width: int) -> dict[str, Any]:
     - The input projection, the item tower's linear layers and the postprocessor's Linear of vector
       and times start as identities without bias.
     - In every STU layer W_v is made orthonormal, and the rows of W_out that read the attention
-      output start as 5 W_v^T: the layer first adds a mean of the normalised tokens it attends to.
+      output start as 5 W_v^T: the layer first adds a mean of the normalised tokens it attends to
+      (with `use_silu_qkv`, of their SiLU in those coordinates).
     - The action MLP's last layer norm, or the norm of the users' matrices, starts at 0.1.
 
     Everything else keeps its value. Where widths differ an identity is cut or padded with zeros.
 
     Args:
-        params: tree of `match.init_params`, of the hstu or the mean encoder.
+        params: tree of `match.init_params`, of any encoder.
         value_width: H * V, the columns of u and of v in `uvqk_kernel`; 0 without STU layers.
 
     Returns:

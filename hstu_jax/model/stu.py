@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import ad_checkpoint
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from hstu_jax.model import dropout, linear, normalization
+from hstu_jax.model import dropout, linear, normalization, relative_bias
 from pallas_kernels.hstu_attention import api as attention
 from pallas_kernels.hstu_attention import layout as attention_layout
 from pallas_kernels.hstu_attention import mask as attention_mask
@@ -35,6 +35,9 @@ class Sequence:
         last_slot: flat index of each segment's last token; R * L for empty segments.
         num_targets: candidates at the end of each segment, `[S]`, as ranking models have them;
             None (HSTU Match) = none, which costs nothing.
+        time_s: when each slot's event happened, `[R, L]` (`relative_bias.token_times`); None =
+            not known.
+        next_time_s: when the next one did, or the request behind the last.
     """
 
     layout: attention_layout.SequenceLayout
@@ -42,6 +45,8 @@ class Sequence:
     last: dropout.TokenIdentity
     last_slot: Array
     num_targets: Array | None = None
+    time_s: Array | None = None
+    next_time_s: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +75,8 @@ def take_last(x: Float[Array, "R L D"], sequence: Sequence) -> Float[Array, "S D
 class StuLayer(nn.Module):
     """x + [u, o, u * norm(o)] @ W_out, with u, v, q, k = LN(x) @ W + b and o = attention(q, k, v).
 
-    Only u passes through SiLU. The gate reads the normalised attention output; its raw value goes
-    into the concatenation as well. The residual is the un-normalised x.
+    Only u passes through SiLU, unless `use_silu_qkv`. The gate reads the normalised attention
+    output; its raw value goes into the concatenation as well. The residual is the un-normalised x.
 
     Attributes:
         embedding_dim: D.
@@ -89,9 +94,12 @@ class StuLayer(nn.Module):
         recompute_normed_x: compute LN(x) again in the backward pass instead of keeping it.
         recompute_uvqk: the same for u, v, q, k. The attention itself never runs again.
         recompute_y: the same for the concatenation after dropout, and for the dropout bits.
+        use_silu_qkv: q, k and v pass through SiLU as well.
+        logit_bias: learned, added to the logits before SiLU; None = none.
 
     Source: TorchEasyRec 1.3.16, tzrec/modules/gr/stu.py; docs/model.md. `qk_bias_init` is ours,
-    0 is the reference.
+    0 is the reference. SiLU on q, k, v and the biases are those of Zhai et al. 2024, "Actions
+    Speak Louder than Words", equations 1 and 2.
     """
 
     embedding_dim: int
@@ -108,6 +116,8 @@ class StuLayer(nn.Module):
     recompute_normed_x: bool = False
     recompute_uvqk: bool = False
     recompute_y: bool = True
+    use_silu_qkv: bool = False
+    logit_bias: relative_bias.RelativeBias | None = None
 
     def setup(self):
         value_width, qk_width = self._value_width, self.num_heads * self.attention_dim
@@ -141,7 +151,7 @@ class StuLayer(nn.Module):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "R L D"]:
         """The layer at every position; padding stays finite and is read by nobody."""
-        norm_weights = self.input_norm(self.embedding_dim)
+        norm_weights, bias = self.input_norm(self.embedding_dim), self._bias(sequence)
 
         def run(x):
             normed = self._input_norm(x, norm_weights)
@@ -159,6 +169,7 @@ class StuLayer(nn.Module):
                 divisor=self.divisor,
                 implementation=self.implementation,
                 num_targets=sequence.num_targets,
+                bias=bias,
             )
             return self._output(x, u, attended, dropout_key=dropout_key, identity=sequence.tokens)
 
@@ -183,7 +194,7 @@ class StuLayer(nn.Module):
             raise ValueError(
                 "sequence.num_targets: last_position knows no targets; call the layer itself."
             )
-        norm_weights = self.input_norm(self.embedding_dim)
+        norm_weights, bias = self.input_norm(self.embedding_dim), self._bias(sequence)
         value_width, qk_width = self._value_width, self.num_heads * self.attention_dim
         cuts = (value_width, 2 * value_width, 2 * value_width + qk_width)
         kernels = jnp.split(self.uvqk_kernel.astype(x.dtype), cuts, axis=1)
@@ -211,6 +222,7 @@ class StuLayer(nn.Module):
                 alpha=self.alpha,
                 divisor=self.divisor,
                 implementation=self.implementation,
+                bias=bias,
             )
             x = take_last(x, sequence)
             return self._output(x, u, attended, dropout_key=dropout_key, identity=sequence.last)
@@ -218,6 +230,11 @@ class StuLayer(nn.Module):
         out = self._remat(run)(x)
         is_used = jnp.asarray(sequence.layout.lengths) > 0
         return jnp.where(is_used[:, None], out, 0.0)
+
+    def _bias(self, sequence):
+        if self.logit_bias is None:
+            return None
+        return self.logit_bias(sequence.time_s, sequence.next_time_s)
 
     def _input_norm(self, x, weights):
         scale, bias = (w.reshape(*(1,) * (x.ndim - 1), -1) for w in weights)
@@ -242,6 +259,7 @@ class StuLayer(nn.Module):
             part = projected[..., start : start + self.num_heads * per_head]
             start += self.num_heads * per_head
             if name != "u":
+                part = jax.nn.silu(part) if self.use_silu_qkv else part
                 part = part.reshape(*part.shape[:-1], self.num_heads, per_head)
             parts.append(part)
         return parts

@@ -1,7 +1,7 @@
 """The table that ends a run: the model beside its baselines, ranked by the same code.
 
-Popularity and co-occurrence come from `counting.py`; mean pooling is a model of its own, trained
-here with the same budget (`model.user_tower.encoder = "mean"`) in the workdir's
+Popularity, co-occurrence and item-kNN come from `counting.py`; mean pooling is a model of its own,
+trained here with the same budget (`model.user_tower.encoder = "mean"`) in the workdir's
 `baseline_mean`; the oracle exists for the generated sample only.
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 
 from hstu_jax.config import schema
 from hstu_jax.data import event_store, sample_oracle
-from hstu_jax.metrics import catalogue
+from hstu_jax.metrics import catalogue, ranking
 from hstu_jax.model import match
-from hstu_jax.training import counting, evaluation, loop, optimizer
+from hstu_jax.training import counting, evaluation, loop, optimizer, rank_files
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 
@@ -47,25 +47,42 @@ class ClosingTable:
 
     def text(self) -> str:
         """Metrics down, rankings across."""
-        means = {name: row.metrics.means() for name, row in self.rows.items()}
-        metrics = list(next(iter(means.values())))
-        width = max(len(name) for name in metrics)
-        columns = {name: max(len(name), 7) for name in means}
         lines = [
             f"{self.split} split, whole catalogue, step {self.step}",
-            " " * width + "".join(f"  {name:>{size}}" for name, size in columns.items()),
+            *_table({name: row.metrics for name, row in self.rows.items()}),
         ]
-        for metric in metrics:
-            cells = (f"  {means[name][metric]:>{size}.4f}" for name, size in columns.items())
-            lines.append(f"{metric:<{width}}" + "".join(cells))
+        with_seen = {name: row.with_seen for name, row in self.rows.items() if row.with_seen}
+        if with_seen:
+            lines += ["", "the same with seen items in the ranking", *_table(with_seen)]
         model_name, model = next(iter(self.rows.items()))
-        for metric in metrics:
+        for metric in model.metrics.values:
             if metric.startswith("recall@"):
                 low, high = model.interval(metric, num_resamples=self.num_bootstrap)
                 lines.append(
                     f"{model_name} {metric}: 95 % bootstrap interval {low:.4f} .. {high:.4f}"
                 )
         return "\n".join([*lines, *self.notes])
+
+    def groups_text(self) -> str:
+        """The model and its baselines by history length and by popularity, at one cutoff."""
+        tables = {name: row.group_table() for name, row in self.rows.items()}
+        cutoffs = next(iter(self.rows.values())).cutoffs
+        cutoff = 10 if 10 in cutoffs else cutoffs[0]
+        metric = f"recall@{cutoff}"
+        counted = {"history": "events of history", "popularity": "training events of the item"}
+        names = {name: max(len(name), 7) for name in tables}
+        lines = []
+        first = next(iter(tables.values()))
+        for place, group in enumerate(first):
+            if not lines or group.kind != first[place - 1].kind:
+                shown = "".join(f"  {name:>{size}}" for name, size in names.items())
+                lines.append(f"{metric} by {counted[group.kind]:<28}{'count':>8}{shown}")
+            cells = "".join(
+                f"  {table[place].means[metric]:>{names[name]}.4f}"
+                for name, table in tables.items()
+            )
+            lines.append(f"  {group.name:<38}{group.count:>8,}{cells}")
+        return "\n".join(lines)
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Every mean by ranking."""
@@ -74,7 +91,36 @@ class ClosingTable:
     def write(self, path: pathlib.Path) -> None:
         """Writes the figures as JSON."""
         content = {"split": self.split, "step": self.step, "figures": self.figures()}
+        with_seen = {n: row.with_seen.means() for n, row in self.rows.items() if row.with_seen}
+        if with_seen:
+            content["figures_with_seen"] = with_seen
+        content["groups"] = {
+            name: [dataclasses.asdict(group) for group in row.group_table()]
+            for name, row in self.rows.items()
+        }
         path.write_text(json.dumps({**content, "notes": self.notes}, indent=2) + "\n")
+
+    def write_ranks(self, folder: pathlib.Path) -> pathlib.Path:
+        """Writes the ranks of every ranking into a folder; `hstu_jax.report` compares runs by them.
+
+        Returns:
+            The file.
+        """
+        path = folder / rank_files.FILE.format(split=self.split)
+        rank_files.write(path, self.rows, step=self.step)
+        return path
+
+
+def _table(metrics_of: Mapping[str, ranking.UserMetrics]) -> list[str]:
+    means = {name: metrics.means() for name, metrics in metrics_of.items()}
+    metrics = list(next(iter(means.values())))
+    width = max(len(name) for name in metrics)
+    columns = {name: max(len(name), 7) for name in means}
+    lines = [" " * width + "".join(f"  {name:>{size}}" for name, size in columns.items())]
+    for metric in metrics:
+        cells = (f"  {means[name][metric]:>{size}.4f}" for name, size in columns.items())
+        lines.append(f"{metric:<{width}}" + "".join(cells))
+    return lines
 
 
 def evaluate_beside_baselines(
@@ -82,6 +128,7 @@ def evaluate_beside_baselines(
     state: state_lib.TrainState,
     *,
     train_mean: bool,
+    beside_best: bool = False,
     echo: Print = print,
 ) -> ClosingTable:
     """Evaluates a state on `eval.split`, with the baselines if `eval.baselines` asks for them.
@@ -91,16 +138,32 @@ def evaluate_beside_baselines(
         state: its state.
         train_mean: train the mean-pooling baseline to the state's step where the workdir does not
             hold it yet; otherwise it is shown only if a checkpoint of that very step is there.
+        beside_best: evaluate the checkpoint of `train.keep_best` too, if the run keeps one.
         echo: where progress goes.
     """
     config = run.config.eval
     eval_set = evaluation.make_eval_set(
-        run.store, split=config.split, exclude_seen=config.exclude_seen
+        run.store,
+        split=config.split,
+        exclude_seen=config.exclude_seen,
+        catalogue=config.catalogue,
     )
-    rows = {run.config.model.user_tower.encoder: evaluation.evaluate(run, state, eval_set)}
+    encoder = run.config.model.user_tower.encoder
+    rows = {encoder: evaluation.evaluate(run, state, eval_set)}
     notes = list(_eval_notes(eval_set, rows))
+    if beside_best and run.config.train.keep_best.metric:
+        try:
+            best = loop.restore_state(run, step="best")
+        except FileNotFoundError:
+            notes.append(f"{encoder} best: not shown, {run.workdir} holds no validated state yet")
+        else:
+            rows[f"{encoder} best"] = evaluation.evaluate(run, best, eval_set)
+            notes.append(
+                f"{encoder} best: step {int(best.step):,}, the best validation by "
+                f"{run.config.train.keep_best.metric}"
+            )
     if config.baselines:
-        if run.config.model.user_tower.encoder != "mean":
+        if config.mean_baseline and run.config.model.user_tower.encoder != "mean":
             mean = _mean_pooling(run, int(state.step), may_train=train_mean, echo=echo)
             if isinstance(mean, loop.FitResult):
                 rows["mean"] = evaluation.evaluate(mean.run, mean.state, eval_set)
@@ -112,7 +175,7 @@ def evaluate_beside_baselines(
                 notes.append(mean)
         counted, note = counting.counting_baselines(run.store, eval_set, config)
         rows |= counted
-        notes.append(note)
+        notes += note.splitlines()
     if config.oracle:
         rows["oracle"] = evaluation.rank(eval_set, _oracle(run.store, eval_set), config)
     return ClosingTable(

@@ -1,4 +1,4 @@
-"""Whole-catalogue evaluation: for every window, all items with a training event are ranked.
+"""Whole-catalogue evaluation: for every window, all items of the catalogue are ranked.
 
 What is to be found and what may be shown (`EvalSet`), the vectors of a state, and the figures with
 a bootstrap interval. The ranking itself is `hstu_jax.metrics.catalogue`; what stands beside the
@@ -6,6 +6,7 @@ result is made in `closing.py`.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from hstu_jax.config import schema
 from hstu_jax.data import event_store
 from hstu_jax.features import packing
-from hstu_jax.metrics import catalogue, ranking
+from hstu_jax.metrics import catalogue, groups, ranking
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 
@@ -34,8 +35,10 @@ class EvalSet:
         seen_offsets: as `positive_offsets`.
         seen_items: items not to be shown again: all of the history, however long; empty if seen
             items may be shown.
-        catalogue_mask: items with at least one training event.
+        catalogue_mask: items that are ranked: those with a training event, or all.
         num_new_user: windows whose user has no training window.
+        history_len: events of every window's history, however long.
+        popularity: training events of the item of every positive.
     """
 
     split: str
@@ -46,6 +49,8 @@ class EvalSet:
     seen_items: Int[np.ndarray, "seen"]
     catalogue_mask: Bool[np.ndarray, "N"]
     num_new_user: int
+    history_len: Int[np.ndarray, "W"]
+    popularity: Int[np.ndarray, "positives"]
 
     def ranks(self, score_block: catalogue.ScoreBlock) -> catalogue.CatalogueRanks:
         """Ranks of the positives by blocks of scores against all items."""
@@ -68,15 +73,31 @@ class Evaluation:
         metrics: values per query-user.
         ranks: ranks of the positives, and how many were dropped.
         sampled: loss and recall among the sampled negatives; empty for baselines.
+        eval_set: what was ranked.
+        with_seen: values if seen items are ranked too; None = not asked for.
+        cutoffs: of the metrics.
     """
 
     metrics: ranking.UserMetrics
     ranks: catalogue.CatalogueRanks
     sampled: dict[str, float]
+    eval_set: EvalSet
+    with_seen: ranking.UserMetrics | None
+    cutoffs: tuple[int, ...]
 
     def scalars(self) -> dict[str, float]:
         """Every mean, for the metric log."""
         return {**self.metrics.means(), **self.sampled}
+
+    def group_table(self) -> list[groups.Group]:
+        """Figures by length of the history and by popularity of the positive."""
+        return groups.group_table(
+            self.ranks.ranks,
+            self.eval_set.positive_offsets,
+            history_len=self.eval_set.history_len,
+            popularity=self.eval_set.popularity,
+            cutoffs=self.cutoffs,
+        )
 
     def line(self) -> str:
         """Recall and NDCG at every cutoff, for the screen."""
@@ -90,22 +111,28 @@ class Evaluation:
         )
 
 
-def make_eval_set(store: event_store.EventStore, *, split: str, exclude_seen: bool) -> EvalSet:
+def make_eval_set(
+    store: event_store.EventStore,
+    *,
+    split: str,
+    exclude_seen: bool,
+    catalogue: Literal["trained", "all"] = "trained",
+) -> EvalSet:
     """Reads a split's windows.
 
     Args:
         store: event store.
         split: "validation" or "test".
         exclude_seen: leave a user's earlier items out of the ranking, and out of the positives.
+        catalogue: "trained" ranks the items with a training event, "all" every item.
     """
     windows = store.windows_of_split(split)
     table = store.windows
     counts = np.diff(table.positive_offsets)[windows]
     positions = ragged_positions(table.positive_offsets[windows], counts)
     positive_items = store.events.item_index[table.positive_events[positions]]
-    seen_counts = np.zeros(len(windows), np.int64)
-    if exclude_seen:
-        seen_counts = table.history_end[windows] - table.history_start[windows]
+    history_len = (table.history_end[windows] - table.history_start[windows]).astype(np.int64)
+    seen_counts = history_len if exclude_seen else np.zeros(len(windows), np.int64)
     seen = ragged_positions(table.history_start[windows], seen_counts)
     train_users = np.unique(table.user_index[store.windows_of_split("train")])
     return EvalSet(
@@ -115,8 +142,10 @@ def make_eval_set(store: event_store.EventStore, *, split: str, exclude_seen: bo
         positive_items=positive_items.astype(np.int64),
         seen_offsets=_offsets(seen_counts),
         seen_items=store.events.item_index[seen].astype(np.int64),
-        catalogue_mask=store.items.train_count > 0,
+        catalogue_mask=(store.items.train_count > 0) | (catalogue == "all"),
         num_new_user=int(np.count_nonzero(~np.isin(table.user_index[windows], train_users))),
+        history_len=history_len,
+        popularity=store.items.train_count[positive_items],
     )
 
 
@@ -140,8 +169,18 @@ def rank(
 ) -> Evaluation:
     """Figures of any ranking of the catalogue: a model's, a baseline's, the oracle's."""
     ranks = eval_set.ranks(score_block)
-    metrics = ranking.user_metrics(ranks.ranks, eval_set.positive_offsets, cutoffs=config.top_k)
-    return Evaluation(metrics=metrics, ranks=ranks, sampled=sampled or {})
+
+    def metrics(of_ranks):
+        return ranking.user_metrics(of_ranks, eval_set.positive_offsets, cutoffs=config.top_k)
+
+    return Evaluation(
+        metrics=metrics(ranks.ranks),
+        ranks=ranks,
+        sampled=sampled or {},
+        eval_set=eval_set,
+        with_seen=metrics(ranks.ranks_with_seen) if config.also_with_seen else None,
+        cutoffs=config.top_k,
+    )
 
 
 def user_vectors(

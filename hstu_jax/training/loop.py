@@ -130,6 +130,23 @@ def restore(
         ValueError: it was written with another configuration or other data.
     """
     run = run_lib.build_run(config, store, devices=devices)
+    state = restore_state(run, step=step)
+    return FitResult(run=run, state=state, train_s=0.0, num_compilations=0)
+
+
+def restore_state(
+    run: run_lib.Run, *, step: int | Literal["best"] | None = None
+) -> state_lib.TrainState:
+    """A state of a run from its workdir; `restore` without assembling the run.
+
+    Args:
+        run: the run.
+        step: as for `restore`.
+
+    Raises:
+        FileNotFoundError: as for `restore`.
+        ValueError: same.
+    """
     kind = "best" if step == "best" else "checkpoints"
     folder = run.workdir / kind
     if not folder.is_dir():
@@ -146,10 +163,9 @@ def restore(
             raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {steps}.")
         saved = checkpointer.read_record(step)
         checkpoint.check_resumable(saved, run.record(), where=str(folder / str(step)))
-        state = checkpointer.restore(step, run_lib.abstract_state(run))
+        return checkpointer.restore(step, run_lib.abstract_state(run))
     finally:
         checkpointer.close()
-    return FitResult(run=run, state=state, train_s=0.0, num_compilations=0)
 
 
 def _train(
@@ -245,7 +261,10 @@ class _Validation:
         self._every = run.config.eval.every_num_steps
         config = run.config.eval
         self._eval_set = evaluation.make_eval_set(
-            run.store, split="validation", exclude_seen=config.exclude_seen
+            run.store,
+            split="validation",
+            exclude_seen=config.exclude_seen,
+            catalogue=config.catalogue,
         )
         self._baselines: dict[str, evaluation.Evaluation] = {}
         if config.baselines:

@@ -190,9 +190,14 @@ def _first_state(
 
 
 def _attention(config) -> str:
+    tower = config.user_tower
+    if tower.encoder != "hstu":
+        return {"sasrec": "softmax", "mean": "none"}[tower.encoder]
     if config.kernel != "auto":
         return config.kernel
-    return f"{attention.auto_implementation()} (auto)"
+    stu = tower.hstu.stu
+    has_bias = stu.use_position_bias or stu.use_time_bias
+    return f"{attention.auto_implementation(has_bias=has_bias)} (auto)"
 
 
 def describe(run: Run, state: state_lib.TrainState) -> str:

@@ -20,6 +20,7 @@ from pallas_kernels.hstu_attention import (
     reference,
     xla_blockwise,
 )
+from pallas_kernels.hstu_attention.bias import AttentionBias
 from pallas_kernels.hstu_attention.layout import SequenceLayout, check_segments
 from pallas_kernels.hstu_attention.mask import MaskRule
 
@@ -56,13 +57,19 @@ _LAST = {
 # What "auto" tries in turn for the full op, by platform; the last entry supports everything.
 _AUTO_ORDER = {"gpu": ("pallas_triton", "xla"), "tpu": ("pallas_tpu", "xla")}
 _ONLY_XLA = ("xla",)
+_WITH_BIAS = ("xla", "reference")
 
 
-def auto_implementation() -> str:
+def auto_implementation(*, has_bias: bool = False) -> str:
     """Name of the implementation that "auto" takes for the full op on this device.
 
     A failed self-check, which comes with the first use, can still make it "xla".
+
+    Args:
+        has_bias: the op is given a `bias`.
     """
+    if has_bias:
+        return "xla"
     device = devices.current_device()
     if device.platform == "gpu" and not pallas_triton.supports(device):
         return "xla"
@@ -85,13 +92,14 @@ def hstu_attention(
     divisor: float,
     implementation: Implementation = "auto",
     num_targets: Int[Array | np.ndarray, "S"] | None = None,
+    bias: AttentionBias | None = None,
 ) -> Float[Array, "R L H V"]:
     """HSTU attention of each token over its own segment: SiLU instead of a softmax.
 
     Inside `jax.shard_map` it needs `check_vma=False`.
 
-    `o_i = sum_j M_ij silu(alpha <q_i, k_j>) / divisor v_j`, per head; M is the 0/1 mask of `rule`,
-    applied after SiLU and division.
+    `o_i = sum_j M_ij silu(alpha <q_i, k_j> + rab_ij) / divisor v_j`, per head; M is the 0/1 mask of
+    `rule`, applied after SiLU and division; rab is what `bias` says, 0 without one.
 
     Args:
         q: queries; anything may stand in padding slots, here and below.
@@ -109,11 +117,14 @@ def hstu_attention(
             of the device the program is traced for, if it can do this, else "xla".
         num_targets: targets at the end of each segment, 0 <= num_targets <= length -
             contextual_len; None = no targets.
+        bias: learned biases of the logits by distance and by time, the same for all heads; "xla"
+            and "reference" only. The block schedule stays.
 
     Returns:
         Outputs in the dtype of v; zeros in padding slots. Gradients in padding are zeros too.
         A value that is not finite makes the whole segment that holds it NaN and no other
-        ("reference": may spread over its row).
+        ("reference": may spread over its row). The tables of `bias` belong to all segments: one
+        such value makes their gradients NaN.
 
     Raises:
         TypeError: dtypes that are not equal or not float32, bfloat16 or float16.
@@ -122,18 +133,18 @@ def hstu_attention(
             segments that overlap or leave their row.
         UnsupportedByKernel: an implementation asked for by name cannot do this.
 
-    Source: Zhai et al. 2024, "Actions Speak Louder than Words", equation 2 (without the relative
-    attention bias); behaviour of TorchEasyRec 1.3.16 (docs/model.md), except that the divisor is
-    always given.
+    Source: Zhai et al. 2024, "Actions Speak Louder than Words", equation 2; behaviour of
+    TorchEasyRec 1.3.16 (docs/model.md), except that the divisor is always given.
     """
     checks.check_rank("q", q, "R L H K")
     _check(q, k, v, layout, rule, alpha, divisor)
     for axis, letter in enumerate("RLHK"):
         checks.check_axis("q", q, axis, letter, k.shape[axis], like="k")
     _check_targets(num_targets, layout)
+    _check_bias(bias, layout)
     return dispatch.run(
         implementation,
-        _FULL,
+        _FULL if bias is None else _with_bias(_FULL, bias),
         auto_order=_auto_order(),
         op="hstu_attention",
         call=lambda kernel: kernel(
@@ -159,6 +170,7 @@ def hstu_attention_last(
     alpha: float,
     divisor: float,
     implementation: Implementation = "auto",
+    bias: AttentionBias | None = None,
 ) -> Float[Array, "S H V"]:
     """The rows of `hstu_attention` at the last position of each segment, and nothing else.
 
@@ -175,6 +187,7 @@ def hstu_attention_last(
         divisor: what scores are divided by.
         implementation: as for `hstu_attention`. One query per segment needs no kernel:
             "pallas_triton" and "pallas_tpu" check their device and run the program of "xla".
+        bias: as for `hstu_attention`.
 
     Returns:
         Outputs in the dtype of v; zeros for empty segments.
@@ -187,9 +200,10 @@ def hstu_attention_last(
     checks.check_axis("q", q, 0, "S", len(layout.starts), like="layout")
     checks.check_axis("q", q, 1, "H", k.shape[2], like="k")
     checks.check_axis("q", q, 2, "K", k.shape[3], like="k")
+    _check_bias(bias, layout)
     return dispatch.run(
         implementation,
-        _LAST,
+        _LAST if bias is None else _with_bias(_LAST, bias),
         auto_order=_ONLY_XLA,
         op="hstu_attention_last",
         call=lambda kernel: kernel(
@@ -214,7 +228,7 @@ def hstu_attention_delta(
 
     Query t of segment s stands at position length_s - T + t and sees the keys that this row of the
     mask sees; keys and values of all tokens, the new ones included, are given. Time is linear in
-    T * R * L and memory in R * L. The block schedule is not used.
+    T * R * L and memory in R * L. The block schedule is not used. Decoding knows no bias.
 
     Args:
         q: the new tokens' queries, the same number T for every segment; anything may stand at
@@ -280,6 +294,48 @@ def _check_new_tokens(num_new, layout):
             f"lengths[{first}]={layout.lengths[first]}: the segment is shorter than the {num_new} "
             f"new tokens of q ({int(is_short.sum())} in all); count the new tokens in lengths."
         )
+
+
+def _with_bias(table, bias):
+    """The same table where those that know no bias refuse, and the others get it."""
+
+    def refuse(name, *args, **keywords):
+        raise dispatch.UnsupportedByKernel(
+            f"bias={type(bias).__name__}: implementation={name!r} adds no bias to its logits; use "
+            "'auto' or 'xla'."
+        )
+
+    return {
+        name: functools.partial(kernel, bias=bias)
+        if name in _WITH_BIAS
+        else functools.partial(refuse, name)
+        for name, kernel in table.items()
+    }
+
+
+def _check_bias(bias, layout):
+    if bias is None:
+        return
+    times = {"query_time_s": bias.query_time_s, "key_time_s": bias.key_time_s}
+    for name, table, axes in (
+        ("by_distance", bias.by_distance, "P"),
+        ("by_interval", bias.by_interval, "T1"),
+    ):
+        if table is not None:
+            checks.check_rank(f"bias.{name}", table, axes)
+            checks.check_float(f"bias.{name}", table)
+            if table.shape[0] == 0:
+                raise ValueError(f"bias.{name}.shape=(0,): an empty table; use None for none.")
+    for name, time in times.items():
+        if (time is None) != (bias.by_interval is None):
+            raise ValueError(
+                f"bias.{name}={None if time is None else 'given'}: times and bias.by_interval go "
+                "together; give all three or none."
+            )
+        if time is not None:
+            checks.check_rank(f"bias.{name}", time, "R L")
+            checks.check_axis(f"bias.{name}", time, 0, "R", layout.num_rows, like="layout")
+            checks.check_axis(f"bias.{name}", time, 1, "L", layout.row_len, like="layout")
 
 
 def _check_targets(num_targets, layout):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hstu_attention import bias as bias_lib
 from pallas_kernels.hstu_attention.layout import SequenceLayout, token_positions, token_segments
 from pallas_kernels.hstu_attention.mask import MaskRule, key_intervals
 from pallas_kernels.hstu_attention.poison import finite_or_zero, poisoned_segments
@@ -23,6 +24,7 @@ def hstu_attention_last(
     rule: MaskRule,
     alpha: float,
     divisor: float,
+    bias: bias_lib.AttentionBias | None = None,
 ) -> Float[Array, "S H V"]:
     """Returns what `api.hstu_attention_last` promises; differentiable by JAX itself.
 
@@ -31,7 +33,7 @@ def hstu_attention_last(
     NaN, others are not touched.
     """
     last = jnp.maximum(jnp.asarray(layout.lengths) - 1, 0)
-    return _attend_at(last, q, k, v, layout, None, rule, alpha, divisor)
+    return _attend_at(last, q, k, v, layout, None, rule, alpha, divisor, bias)
 
 
 def hstu_attention_delta(
@@ -64,7 +66,7 @@ def hstu_attention_delta(
     return jnp.swapaxes(output, 0, 1) * factor
 
 
-def _attend_at(position, q, k, v, layout, num_targets, rule, alpha, divisor):
+def _attend_at(position, q, k, v, layout, num_targets, rule, alpha, divisor, bias=None):
     """One query per segment at a position of it; zeros where the segment has no such position."""
     lengths = jnp.asarray(layout.lengths)
     num_segments = lengths.shape[0]
@@ -75,6 +77,8 @@ def _attend_at(position, q, k, v, layout, num_targets, rule, alpha, divisor):
     query = jnp.where(jnp.isfinite(q), q, 0).astype(jnp.float32)
     key, value = (finite_or_zero(x, is_token).astype(jnp.float32) for x in (k, v))
     logits = alpha * jnp.sum(query[owner] * key, axis=-1)  # [R, L, H]
+    if bias is not None:
+        logits = logits + bias_lib.query_bias(bias, position, layout)[..., None]
     is_seen = _seen_by(position, segment, layout, num_targets, rule)
     scores = jnp.where(is_seen[:, :, None], jax.nn.silu(logits) / divisor, 0)
     output = jax.ops.segment_sum(

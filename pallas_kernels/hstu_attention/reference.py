@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.hstu_attention import bias as bias_lib
 from pallas_kernels.hstu_attention.layout import SequenceLayout, token_positions, token_segments
 from pallas_kernels.hstu_attention.mask import MaskRule
 
@@ -58,6 +59,27 @@ def _semi_local_mask(position, length, targets, rule):
     return jnp.where(query < history_end, is_prefix | is_recent, key < history_end)
 
 
+def attention_bias(bias: bias_lib.AttentionBias, layout: SequenceLayout) -> Float[Array, "R L L"]:
+    """What is added to the logit of the query in slot i and the key in slot j, for all pairs.
+
+    `by_distance[min(|i - j|, P - 1)] + by_interval[bucket(query_time_i - key_time_j)]`, see
+    `AttentionBias`; pairs of different segments hold anything.
+    """
+    position = token_positions(layout)
+    total = jnp.zeros((*position.shape, layout.row_len), jnp.float32)
+    if bias.by_distance is not None:
+        distance = jnp.abs(position[:, :, None] - position[:, None, :])
+        total += bias.by_distance[jnp.minimum(distance, bias.by_distance.shape[0] - 1)]
+    if bias.by_interval is not None:
+        query, key = bias.query_time_s[:, :, None], bias.key_time_s[:, None, :]
+        is_timed = jnp.isfinite(query) & jnp.isfinite(key)
+        interval = jnp.where(is_timed, jnp.abs(query - key), 0)
+        edges = jnp.asarray(bias_lib.interval_edges(bias.by_interval.shape[0] - 1))
+        bucket = jnp.searchsorted(edges, interval, side="right") - 1
+        total += jnp.where(is_timed, bias.by_interval[bucket], 0)
+    return total
+
+
 def hstu_attention(
     q: Float[Array, "R L H K"],
     k: Float[Array, "R L H K"],
@@ -68,8 +90,9 @@ def hstu_attention(
     alpha: float,
     divisor: float,
     num_targets: Int[Array, "S"] | None = None,
+    bias: bias_lib.AttentionBias | None = None,
 ) -> Float[Array, "R L H V"]:
-    """Returns `o_i = sum_j M_ij silu(alpha <q_i, k_j>) / divisor v_j`, zeros in padding.
+    """Returns `o_i = sum_j M_ij silu(alpha <q_i, k_j> + rab_ij) / divisor v_j`, zeros in padding.
 
     Padding may hold anything; a NaN inside a segment may spread over its row (the other
     implementations keep it inside the segment).
@@ -78,6 +101,8 @@ def hstu_attention(
     mask = attention_mask(layout, rule, num_targets)
     highest = jax.lax.Precision.HIGHEST
     logits = alpha * jnp.einsum("rihk,rjhk->rhij", q, k, precision=highest)  # [R, H, L, L]
+    if bias is not None:
+        logits = logits + attention_bias(bias, layout)[:, None]
     scores = jax.nn.silu(logits) / divisor
     scores = jnp.where(mask[:, None], scores, 0)
     output = jnp.einsum("rhij,rjhv->rihv", scores, v, precision=highest)
@@ -94,6 +119,7 @@ def hstu_attention_last(
     rule: MaskRule,
     alpha: float,
     divisor: float,
+    bias: bias_lib.AttentionBias | None = None,
 ) -> Float[Array, "S H V"]:
     """Row of `hstu_attention` at each segment's last position, for queries given per segment.
 
@@ -108,6 +134,8 @@ def hstu_attention_last(
     q = jnp.where(has_tokens[:, None, None], q, 0)
     highest = jax.lax.Precision.HIGHEST
     logits = alpha * jnp.einsum("shk,sjhk->shj", q, k[row], precision=highest)
+    if bias is not None:
+        logits = logits + attention_bias(bias, layout)[row, slot][:, None]
     scores = jnp.where(mask[:, None], jax.nn.silu(logits) / divisor, 0)
     return jnp.einsum("shj,sjhv->shv", scores, v[row], precision=highest)
 

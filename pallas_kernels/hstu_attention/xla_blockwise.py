@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hstu_attention import bias as bias_lib
 from pallas_kernels.hstu_attention.layout import SequenceLayout, slot_intervals, token_segments
 from pallas_kernels.hstu_attention.mask import MaskRule
 from pallas_kernels.hstu_attention.poison import at_tokens, finite_or_zero, poisoned_segments
@@ -27,21 +28,26 @@ def hstu_attention(
     alpha: float,
     divisor: float,
     num_targets: Int[Array, "S"] | None = None,
+    bias: bias_lib.AttentionBias | None = None,
 ) -> Float[Array, "R L H V"]:
-    """Returns what `api.hstu_attention` promises, for every rule, tile by tile.
+    """Returns what `api.hstu_attention` promises, for every rule and bias, tile by tile.
 
     Tiles and sums are float32 whatever the inputs are. A segment that holds a value that is not
-    finite gets NaN everywhere, output and gradients; all others are as if it were not there.
+    finite gets NaN everywhere, output and gradients; all others are as if it were not there. The
+    gradients of the bias's tables, which all segments share, are then NaN.
     """
-    return _attend(q, k, v, layout, num_targets, rule, alpha, divisor)
+    tiles = None
+    if bias is not None:
+        tiles = bias_lib.prepare_tiles(bias, layout, padded_len=_padded_len(layout))
+    return _attend(q, k, v, layout, num_targets, tiles, rule, alpha, divisor)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q, k, v, layout, num_targets, rule, alpha, divisor):
-    return _attend_forward(q, k, v, layout, num_targets, rule, alpha, divisor)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attend(q, k, v, layout, num_targets, tiles, rule, alpha, divisor):
+    return _attend_forward(q, k, v, layout, num_targets, tiles, rule, alpha, divisor)[0]
 
 
-def _attend_forward(q, k, v, layout, num_targets, rule, alpha, divisor):
+def _attend_forward(q, k, v, layout, num_targets, tiles, rule, alpha, divisor):
     segment = token_segments(layout)
     intervals = slot_intervals(layout, num_targets, rule=rule, padded_len=_padded_len(layout))
     q_tiles, k_tiles, v_tiles = (_to_tiles(x, segment, layout) for x in (q, k, v))
@@ -49,6 +55,9 @@ def _attend_forward(q, k, v, layout, num_targets, rule, alpha, divisor):
     def add_tile(row, query_block, key_block, total):
         load = functools.partial(_load, row=row, block_len=layout.block_len)
         logits = _dot(load(q_tiles, query_block) * alpha, load(k_tiles, key_block), 2, 2)
+        if tiles is not None:
+            place = (row, query_block, key_block)
+            logits = logits + bias_lib.tile_bias(tiles, *place, layout.block_len)
         # Not by tanh: it saves 2 % on a CPU and has no correct digit left for logits below -16.
         scores = logits * jax.nn.sigmoid(logits)
         mask = _tile_mask(intervals, row, query_block, key_block, layout.block_len)
@@ -60,11 +69,11 @@ def _attend_forward(q, k, v, layout, num_targets, rule, alpha, divisor):
     output = _from_tiles(total, layout) / divisor
     output = jnp.where(at_tokens(is_bad, segment), jnp.nan, output).astype(v.dtype)
     # Beyond the inputs almost nothing is kept: tiles are cheap to rebuild, scores are quadratic.
-    return output, (q, k, v, layout, num_targets, is_bad)
+    return output, (q, k, v, layout, num_targets, tiles, is_bad)
 
 
 def _attend_backward(rule, alpha, divisor, residuals, cotangent):
-    q, k, v, layout, num_targets, is_bad = residuals
+    q, k, v, layout, num_targets, tiles, is_bad = residuals
     segment = token_segments(layout)
     intervals = slot_intervals(layout, num_targets, rule=rule, padded_len=_padded_len(layout))
     q_tiles, k_tiles, v_tiles, g_tiles = (
@@ -76,6 +85,9 @@ def _attend_backward(rule, alpha, divisor, residuals, cotangent):
         q_tile, g_tile = load(q_tiles, query_block) * alpha, load(g_tiles, query_block) / divisor
         k_tile, v_tile = load(k_tiles, key_block), load(v_tiles, key_block)
         logits = _dot(q_tile, k_tile, 2, 2)
+        place = (row, query_block, key_block)
+        if tiles is not None:
+            logits = logits + bias_lib.tile_bias(tiles, *place, layout.block_len)
         mask = _tile_mask(intervals, row, query_block, key_block, layout.block_len)
         gate = jax.nn.sigmoid(logits)
         scores = logits * gate
@@ -83,21 +95,25 @@ def _attend_backward(rule, alpha, divisor, residuals, cotangent):
         dlogits = _dot(g_tile, v_tile, 2, 2) * (gate + scores * (1 - gate))
         # Selected, not multiplied: a product of two users' values may overflow.
         scores, dlogits = jnp.where(mask, scores, 0), jnp.where(mask, dlogits, 0)
-        dq, dk, dv = totals
+        dq, dk, dv, dbias = totals
+        if tiles is not None:
+            dbias = bias_lib.add_gradients(dbias, tiles, dlogits, *place)
         dq = _add(dq, row, query_block, _dot(dlogits, k_tile, 2, 1))
         dk = _add(dk, row, key_block, _dot(dlogits, q_tile, 1, 1))
         dv = _add(dv, row, key_block, _dot(scores, g_tile, 1, 1))
-        return dq, dk, dv
+        return dq, dk, dv, dbias
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_tiles, k_tiles, v_tiles))
-    dq, dk, dv = _for_each_pair(layout, add_tile, zeros)
+    no_bias = None if tiles is None else bias_lib.zero_gradients(tiles)
+    dq, dk, dv, dbias = _for_each_pair(layout, add_tile, (*zeros, no_bias))
     is_bad |= poisoned_segments(segment, cotangent, num_segments=is_bad.shape[0])
     is_bad_token = at_tokens(is_bad, segment)
     gradients = (
         jnp.where(is_bad_token, jnp.nan, _from_tiles(total, layout)).astype(primal.dtype)
         for total, primal in ((dq * alpha, q), (dk, k), (dv, v))
     )
-    return *gradients, None, None
+    dbias = jax.tree.map(lambda table: jnp.where(is_bad.any(), jnp.nan, table), dbias)
+    return *gradients, None, None, dbias
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

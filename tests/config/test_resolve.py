@@ -83,6 +83,7 @@ def test_unknown_field_of_a_feature_names_the_nearest():
         ("metrics.recall_at_k", (0,), r"recall_at_k=\(0,\): must be one or more positive"),
         ("eval.every_num_steps", -5, r"every_num_steps=-5: must not be negative"),
         ("eval.num_bootstrap", 0, r"num_bootstrap=0: must be positive"),
+        ("eval.catalogue", "al", r"eval\.catalogue='al': unknown choice; did you mean 'all'\?"),
         ("mesh.chip", 0, r"mesh\.chip=0: must be positive, or -1"),
         ("model.output_dim", 8, r"initialization='aligned': needs linear towers"),
     ],
@@ -212,6 +213,12 @@ def test_options_that_would_not_be_read_are_refused():
     with pytest.raises(ValueError, match=r"features\.extra=.*is in no feature group"):
         resolve.resolve(raw)
     raw = kuairand.get_config()
-    raw.eval.oracle, raw.eval.split = True, "validation"
+    raw.eval.exclude_seen, raw.eval.also_with_seen = False, True
+    with pytest.raises(ValueError, match="also_with_seen=True: has nothing to add: with exclude_s"):
+        resolve.resolve(raw)
+    raw.eval.also_with_seen, raw.eval.baselines, raw.eval.mean_baseline = False, False, False
+    with pytest.raises(ValueError, match="mean_baseline=False: has no effect with baselines=False"):
+        resolve.resolve(raw)
+    raw.eval.mean_baseline, raw.eval.oracle, raw.eval.split = True, True, "validation"
     with pytest.raises(ValueError, match="oracle=True: exists for the test split"):
         resolve.resolve(raw)

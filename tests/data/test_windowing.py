@@ -179,6 +179,7 @@ def test_equal_to_the_slow_rule(options):
         ({"mode": "week"}, r"window_mode='week': unknown; choose from \('day', 'events', 'tr"),
         ({"window_events": 0}, "window_events=0: must be at least 1"),
         ({"max_positives": 0}, "max_positives=0: must be at least 1"),
+        ({"mode": "leave_one_out", "max_positives": -1}, "max_positives=-1: must be at least 0"),
         ({"min_history": -1}, "min_history=-1: must be 0 or more"),
         ({"positive_actions": ()}, "positive_actions=.*: empty; name at least one"),
         ({"positive_actions": ("hate",)}, "'hate' excludes an event"),
@@ -188,6 +189,74 @@ def test_equal_to_the_slow_rule(options):
 def test_bad_options(changes, message):
     with pytest.raises(ValueError, match=message):
         windowing.WindowOptions(**changes)
+
+
+def slow_leave_one_out(events, options):
+    """Last positive tests, the one before validates, runs of events before that train."""
+    found = []
+    for user in np.unique(events.user_index):
+        own = np.flatnonzero(events.user_index == user).tolist()
+        time, action = events.timestamp_s, events.action
+        positives = [e for e in own if action[e] & 31 and not action[e] & HATE]
+        tested = positives[-2:] if len(positives) >= 3 else []
+        training = [e for e in own if not tested or e < tested[0]]
+        size = options.window_events or len(training)
+        groups = [training[i : i + size] for i in range(0, len(training), size)]
+        for split, group in [(0, group) for group in groups] + [
+            (1 + i, [event]) for i, event in enumerate(tested)
+        ]:
+            request = int(time[group[0]])
+            asked = [e for e in group if e in positives][: options.max_positives or None]
+            length = sum(int(time[e]) < request for e in own)
+            if asked and length >= options.min_history:
+                first = own[0]
+                found.append((int(user), first, first + length, request - MIDNIGHT, split, asked))
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"window_events": 0, "max_positives": 0},
+        {"window_events": 5, "max_positives": 2},
+        {"window_events": 1, "max_positives": 0, "min_history": 3},
+    ],
+)
+def test_leave_one_out_equals_the_loop(changes):
+    rng = np.random.default_rng(6)
+    size = 300
+    user = np.sort(np.append(rng.integers(0, 12, size - 2), [13, 13]))  # user 13 is too short
+    second = rng.integers(0, 90, size)
+    order = np.lexsort((second, user))
+    rows = zip(
+        user, rng.integers(0, 9, size), second[order], rng.choice([0, 1, 3, 33, 64], size),
+        strict=True,
+    )  # fmt: skip
+    events = make_events(list(rows))
+    options = windowing.WindowOptions(mode="leave_one_out", **changes)
+    result = windowing.build_windows(events, options=options)
+    found = as_lists(result.windows)
+    assert found == slow_leave_one_out(events, options)
+    assert result.stats["leave_one_out"]["users_only_trained"] >= 1
+    assert "days" not in result.stats
+    # All training events, and no event from the validation positive on, are training events.
+    first_kept = {window[0]: window[-1][0] for window in found if window[4] == 1}
+    expected = [e < first_kept.get(int(u), len(user)) for e, u in enumerate(user)]
+    if not options.min_history:
+        assert result.is_training_event.tolist() == expected
+
+
+def test_leave_one_out_keeps_repeated_items():
+    rows = [(0, 4, second, CLICK) for second in range(5)]
+    options = windowing.WindowOptions(mode="leave_one_out", window_events=0, max_positives=0)
+    result = windowing.build_windows(make_events(rows), options=options)
+    assert [window[3:] for window in as_lists(result.windows)] == [
+        (0, 0, [0, 1, 2]),
+        (3, 1, [3]),
+        (4, 2, [4]),
+    ]
+    with pytest.raises(ValueError, match="no user has 3 positives; leave-one-out needs one each"):
+        windowing.build_windows(make_events(rows[:2]), options=options)
 
 
 def test_too_few_days_or_events():

@@ -1,5 +1,6 @@
 """Whole-catalogue ranks against one loop over everything."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -40,21 +41,32 @@ def arguments(positives, excluded, **more):
     }
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("user_block", [1, 5, 64])
-def test_ranks_equal_brute_force_with_ties_exclusions_and_cold_items(user_block):
+def test_ranks_equal_brute_force_with_ties_exclusions_and_cold_items(user_block, on_device):
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 6, (13, 30)).astype(np.float32)
     scores[2] = -np.inf
     positives, excluded = lists(rng, 13, 30, 6), lists(rng, 13, 30, 9)
     mask = rng.random(30) < 0.8
+
+    def block(start, stop):
+        found = np.zeros((user_block, 30), np.float32)  # rows behind the last one: not looked at
+        found[: stop - start] = scores[start:stop]
+        return jnp.asarray(found) if on_device else scores[start:stop]
+
     got = catalogue.ranks_from_scores(
-        lambda start, stop: scores[start:stop],
+        block,
         num_items=30,
         user_block=user_block,
         **arguments(positives, excluded, catalogue_mask=mask),
     )
     ranks, seen, cold = brute_force(scores, positives, excluded, mask)
     np.testing.assert_array_equal(got.ranks, ranks)
+    nothing = (np.zeros(14, int), np.zeros(0, int))
+    np.testing.assert_array_equal(
+        got.ranks_with_seen, brute_force(scores, positives, nothing, mask)[0]
+    )
     assert (got.num_ranked, got.num_seen, got.num_cold) == (np.count_nonzero(ranks), seen, cold)
     assert seen and cold and got.num_ranked
     # The planted wrong variant, ties in the model's favour, is another answer.
@@ -120,3 +132,15 @@ def test_nan_scores_are_refused_and_not_ranked_first():
     )
     with pytest.raises(ValueError, match=r"scores\[1\]=nan: a query-user's scores must be"):
         catalogue.ranks_from_scores(lambda start, stop: scores[start:stop], num_items=5, **good)
+    with pytest.raises(ValueError, match=r"scores\[1\]=nan: a query-user's scores must be"):
+        catalogue.ranks_from_scores(lambda start, stop: jnp.asarray(scores), num_items=5, **good)
+
+
+def test_scores_of_the_host_are_compared_in_float64():
+    scores = np.array([[1.0, 1.0 + 1e-12]])
+    lists = arguments((np.array([0, 1]), np.array([1])), (np.zeros(2, int), np.zeros(0, int)))
+    got = catalogue.ranks_from_scores(lambda start, stop: scores, num_items=2, **lists)
+    assert got.ranks.tolist() == [1]
+    tied = jnp.asarray(scores, jnp.float32)
+    got = catalogue.ranks_from_scores(lambda start, stop: tied, num_items=2, **lists)
+    assert got.ranks.tolist() == [2]

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.metrics
 
-from hstu_jax.metrics import ranking
+from hstu_jax.metrics import catalogue, groups, ranking
 
 
 def hits(positive, negative, user, mask, cutoffs):
@@ -92,3 +93,70 @@ def test_bootstrap_interval_is_seeded_and_has_the_width_of_the_standard_error():
     assert np.isnan(ranking.bootstrap_interval(np.zeros(0), seed=1)).all()
     with pytest.raises(ValueError, match="confidence=95.0: must be between 0 and 1"):
         ranking.bootstrap_interval(values, seed=1, confidence=95.0)
+
+
+def test_paired_interval_is_narrower_than_that_of_unrelated_users():
+    rng = np.random.default_rng(0)
+    easy = rng.random(500)  # what makes a user easy for both rankings
+    mine, theirs = easy + 0.03 + 0.02 * rng.random(500), easy + 0.02 * rng.random(500)
+    low, high = ranking.paired_interval(mine, theirs, seed=1)
+    assert low < np.mean(mine - theirs) < high
+    assert 0 < low and high - low < 0.005
+    unpaired = ranking.paired_interval(mine, theirs[::-1], seed=1)
+    assert unpaired[1] - unpaired[0] > 10 * (high - low)
+    assert (low, high) == ranking.paired_interval(mine, theirs, seed=1)
+
+
+def test_metrics_equal_another_library():
+    """scikit-learn knows these metrics under other names; scores without ties, seen items last."""
+    rng = np.random.default_rng(3)
+    num_users, num_items = 40, 60
+    scores = rng.permuted(np.tile(np.arange(num_items) / 7.0, (num_users, 1)), axis=1)
+    sizes = np.where(np.arange(num_users) < 20, 1, 3)
+    positives = [rng.choice(num_items, size, replace=False) for size in sizes]
+    seen = [np.setdiff1d(rng.integers(0, num_items, 9), own) for own in positives]
+    ranks = catalogue.ranks_from_scores(
+        lambda start, stop: jnp.asarray(scores[start:stop], jnp.float32),
+        num_items=num_items,
+        positive_offsets=np.cumsum([0, *sizes]),
+        positive_items=np.concatenate(positives),
+        excluded_offsets=np.cumsum([0, *map(len, seen)]),
+        excluded_items=np.concatenate(seen),
+    )
+    got = ranking.user_metrics(ranks.ranks, np.cumsum([0, *sizes]), cutoffs=(1, 5, 10, 50))
+    truth, shown = np.zeros((num_users, num_items)), scores.copy()
+    for user in range(num_users):
+        truth[user, positives[user]] = 1
+        shown[user, seen[user]] = -1 - np.arange(len(seen[user]))
+    for k in (1, 5, 10, 50):
+        expected = sklearn.metrics.ndcg_score(truth, shown, k=k, ignore_ties=True)
+        assert got.means()[f"ndcg@{k}"] == pytest.approx(expected)
+        one = slice(0, 20)  # users with one positive: their class, and its place among the top k
+        expected = sklearn.metrics.top_k_accuracy_score(
+            truth[one].argmax(axis=1), shown[one], k=k, labels=np.arange(num_items)
+        )
+        assert got.values[f"hit_rate@{k}"][one].mean() == pytest.approx(expected)
+        assert got.values[f"recall@{k}"][one].mean() == pytest.approx(expected)
+    expected = sklearn.metrics.label_ranking_average_precision_score(truth[one], shown[one])
+    assert got.values["mrr"][one].mean() == pytest.approx(expected)
+
+
+def test_groups_by_hand():
+    ranks, offsets = np.array([1, 0, 20, 3, 7]), np.array([0, 2, 3, 5])
+    found = groups.group_table(
+        ranks,
+        offsets,
+        history_len=np.array([0, 15, 900]),
+        popularity=np.array([5, 5, 0, 10, 9_999]),
+        cutoffs=(5,),
+    )
+    assert [(g.kind, g.name, g.count, g.means["recall@5"]) for g in found] == [
+        ("history", "0", 1, 1.0),
+        ("history", "10-19", 1, 0.0),
+        ("history", "500+", 1, 0.5),
+        ("popularity", "0", 1, 0.0),
+        ("popularity", "1-9", 1, 1.0),
+        ("popularity", "10-29", 1, 1.0),
+        ("popularity", "3000+", 1, 0.0),
+    ]
+    assert found[2].means["mrr"] == pytest.approx(1 / 3)

@@ -15,8 +15,8 @@ from tests.model import batches
 HISTORY_DIM, CONTEXTUAL_DIM, CANDIDATE_DIM = 6, 5, 6
 
 
-def model_config(*, embedding_dim=16, encoder="hstu", hstu=None, stu=None, **fields):
-    """A small `ModelConfig`; `hstu`, `stu` and `fields` override single fields."""
+def model_config(*, embedding_dim=16, encoder="hstu", hstu=None, stu=None, sasrec=None, **fields):
+    """A small `ModelConfig`; `hstu`, `stu`, `sasrec` and `fields` override single fields."""
     stu_config = model_schema.StuConfig(
         **{
             "embedding_dim": embedding_dim,
@@ -43,7 +43,10 @@ def model_config(*, embedding_dim=16, encoder="hstu", hstu=None, stu=None, **fie
     return model_schema.ModelConfig(
         **{
             "user_tower": model_schema.UserTowerConfig(
-                encoder=encoder, hstu=hstu_config, max_seq_len=16
+                encoder=encoder,
+                hstu=hstu_config,
+                sasrec=model_schema.SasrecConfig(**{"num_heads": 2, **(sasrec or {})}),
+                max_seq_len=16,
             ),
             "item_tower": model_schema.ItemTowerConfig(mlp=mlp),
             **fields,

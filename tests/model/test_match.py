@@ -59,10 +59,17 @@ def assert_close(actual, desired, *, tolerance=1e-6):
 GRID = dict(row_len=21, num_rows=len(LENGTHS), num_users=7)
 
 
-@pytest.mark.parametrize("variant", ["last_position", "all_positions", "mean"])
+PAPER = dict(use_silu_qkv=True, use_position_bias=True, use_time_bias=True)
+
+
+@pytest.mark.parametrize("variant", ["last_position", "all_positions", "mean", "paper", "sasrec"])
 def test_neither_packing_nor_poison_in_padding_matters_with_dropout_on(variant):
-    hstu = models.model_config(hstu={} if variant == "mean" else {"last_layer": variant})
-    config = models.model_config(encoder="mean") if variant == "mean" else hstu
+    config = hstu = models.model_config(
+        hstu={"last_layer": variant} if variant.endswith("positions") else {},
+        stu=PAPER if variant == "paper" else {},
+    )
+    if variant in ("mean", "sasrec"):
+        config = models.model_config(encoder=variant)
     model, rule = models.build(config), models.rule_of(models.build(hstu))
     params, content = models.random_params(model), models.random_content(LENGTHS)
     run, key = make_runner(model, params), jax.random.key(7)

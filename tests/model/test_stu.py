@@ -62,21 +62,37 @@ def standardize64(x, eps=1e-6):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
 
 
-def layer64(params, x, *, use_group_norm, contextual_len, activation_of_v=lambda v: v):
-    """One user's layer in float64, token by token. x: [n, D]."""
+def silu(a):
+    return a / (1 + np.exp(-a))
+
+
+def same(a):
+    return a
+
+
+def layer64(
+    params,
+    x,
+    *,
+    use_group_norm,
+    contextual_len,
+    activation_of_v=same,
+    activation_of_qk=same,
+    rab=lambda i, j: 0.0,
+):
+    """One user's layer in float64, token by token. x: [n, D]; rab: bias of a query and a key."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    silu = lambda a: a / (1 + np.exp(-a))  # noqa: E731
     normed = standardize64(x) * p["input_norm"]["scale"] + p["input_norm"]["bias"]
     projected = normed @ p["uvqk_kernel"] + p["uvqk_bias"]
     u, v, q, k = np.split(projected, np.cumsum([HEADS * VALUE, HEADS * VALUE, HEADS * QK]), axis=1)
-    u, v = silu(u), activation_of_v(v)
+    u, v, q, k = silu(u), activation_of_v(v), activation_of_qk(q), activation_of_qk(k)
     v, q, k = (a.reshape(len(x), HEADS, -1) for a in (v, q, k))
     attended = np.zeros_like(v)
     for i in range(len(x)):
         for j in range(len(x)):
             if j <= i or i < contextual_len:
                 for h in range(HEADS):
-                    attended[i, h] += silu(0.6 * q[i, h] @ k[j, h]) / 7.0 * v[j, h]
+                    attended[i, h] += silu(0.6 * q[i, h] @ k[j, h] + rab(i, j)) / 7.0 * v[j, h]
     flat = attended.reshape(len(x), -1)
     scale, bias = p["output_norm_scale"], p["output_norm_bias"]
     if use_group_norm:
@@ -97,7 +113,6 @@ def test_layer_equals_float64_loops(use_group_norm):
     pieces = np.split(tokens.astype(np.float64), np.cumsum(placement.lengths)[:-1])
     run = functools.partial(layer64, params, use_group_norm=use_group_norm, contextual_len=2)
     right = np.concatenate([run(piece) for piece in pieces])
-    silu = lambda a: a / (1 + np.exp(-a))  # noqa: E731
     wrong = np.concatenate([run(piece, activation_of_v=silu) for piece in pieces])
     # float32 against float64: a few units in the last place of values around 10.
     np.testing.assert_allclose(placement.from_grid(out), right, atol=2e-5, rtol=2e-5)

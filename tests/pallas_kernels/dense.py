@@ -6,9 +6,14 @@
 import numpy as np
 
 
-def attention(q, k, v, g, mask, alpha, divisor):
-    """Output and gradients (o, dq, dk, dv) of sum(o * g) by the formula."""
-    return _products(*_scores(q, k, v, g, mask, alpha, divisor), q, k, v, g)
+def attention(q, k, v, g, mask, alpha, divisor, rab=0.0):
+    """Output and gradients (o, dq, dk, dv) of sum(o * g) by the formula; rab: [R, L, L] or 0."""
+    return _products(*_scores(q, k, v, g, mask, alpha, divisor, rab), q, k, v, g)
+
+
+def bias_gradient(q, k, v, g, mask, alpha, divisor, rab):
+    """Gradient of sum(o * g) with respect to the bias of every pair, [R, L, L]."""
+    return _scores(q, k, v, g, mask, alpha, divisor, rab)[1].sum(axis=1) / alpha
 
 
 def magnitudes(q, k, v, g, mask, alpha, divisor):
@@ -17,9 +22,10 @@ def magnitudes(q, k, v, g, mask, alpha, divisor):
     return _products(np.abs(scores), np.abs(dlogits), *(np.abs(x) for x in (q, k, v, g)))
 
 
-def _scores(q, k, v, g, mask, alpha, divisor):
+def _scores(q, k, v, g, mask, alpha, divisor, rab=0.0):
     q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
     logits = alpha * np.einsum("rihk,rjhk->rhij", q, k)
+    logits = logits + np.broadcast_to(rab, mask.shape)[:, None]
     gate = 1 / (1 + np.exp(-logits))
     scores = logits * gate / divisor * mask[:, None]
     slope = alpha * (gate + logits * gate * (1 - gate)) / divisor * mask[:, None]

@@ -78,6 +78,9 @@ CHANGES_BATCH = {
     "data.negative_sampler.num_sample": (16, {}),
     "data.negative_sampler.weight_exponent": (1.0, {}),
     "model.user_tower.max_seq_len": (12, {}),
+    "model.objective": ("next_item", {}),
+    "model.next_item.time": ("own", {"model.objective": "next_item"}),
+    "data.negative_sampler.exclusion": ("query", {"model.objective": "next_item"}),
     f"{_PHASES}.time_duration_period_units": ((60,), _WAVES),
     f"{_PHASES}.time_duration_units_per_period": ((12,), _WAVES),
     f"{_HSTU}.attn_truncation_split_layer": (
@@ -91,8 +94,13 @@ CHANGES_BATCH = {
     f"{_STU}.sla_k1": (2, {"data.block_len": 4}),
     f"{_STU}.sla_k2": (24, {"data.block_len": 4, f"{_STU}.sla_k1": 2}),
 }
+_SASREC = {"model.user_tower.encoder": "sasrec"}
 CHANGES_TOWERS = {
     "model.user_tower.encoder": ("mean", {}),
+    "model.user_tower.sasrec.num_blocks": (1, _SASREC),
+    "model.user_tower.sasrec.num_heads": (2, _SASREC),
+    "model.user_tower.sasrec.ffn_dim": (24, _SASREC),
+    "model.user_tower.sasrec.dropout_ratio": (0.4, _SASREC),
     f"{_STU}.embedding_dim": (8, _REFERENCE, {f"{_MLP}.hidden_units": (8,)}),
     f"{_STU}.num_heads": (1, {}),
     f"{_STU}.hidden_dim": (4, _REFERENCE),
@@ -102,6 +110,11 @@ CHANGES_TOWERS = {
     f"{_STU}.attn_alpha": (0.5, {}),
     f"{_STU}.scaling_seqlen": (7, {}),
     f"{_STU}.contextual_seq_len": (0, {}),
+    f"{_STU}.use_silu_qkv": (True, {}),
+    f"{_STU}.use_position_bias": (True, {}),
+    f"{_STU}.use_time_bias": (True, {}),
+    f"{_STU}.num_time_bias_buckets": (16, {f"{_STU}.use_time_bias": True}),
+    f"{_STU}.time_bias_query": ("own", {f"{_STU}.use_time_bias": True}),
     f"{_HSTU}.input_dropout_ratio": (0.2, {}),
     f"{_HSTU}.attn_num_layers": (2, {}),
     f"{_HSTU}.output_postprocessor": ("layernorm", {"model.similarity": "INNER_PRODUCT"}),

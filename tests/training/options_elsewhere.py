@@ -136,6 +136,21 @@ SHOWN_ELSEWHERE = (
         ),
     ),
     (
+        "test_commands.py",
+        "test_the_trained_baseline_can_be_left_out",
+        ("eval.mean_baseline",),
+    ),
+    (
+        "training/test_evaluation.py",
+        "test_both_rules_of_seen_items_in_one_evaluation",
+        ("eval.also_with_seen",),
+    ),
+    (
+        "training/test_evaluation.py",
+        "test_the_catalogue_may_hold_items_that_nobody_had_in_training",
+        ("eval.catalogue",),
+    ),
+    (
         "training/test_loop.py",
         "test_the_best_validation_is_kept_and_is_one_of_the_average",
         (

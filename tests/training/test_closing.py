@@ -19,3 +19,10 @@ def test_the_mean_baseline_leaves_out_parts_that_take_nothing_there(small_store,
     assert mean.model.user_tower.encoder == "mean"
     assert mean.workdir == f"{config.workdir}/baseline_mean"
     assert mean.train.dense_optimizer.part_optimizers == parts[1:2]
+
+
+def test_a_sasrec_run_has_the_same_mean_baseline(small_store, tmp_path):
+    config = small_config(small_store, tmp_path, model__user_tower__encoder="sasrec")
+    mean = closing.mean_config(config)
+    assert mean.model.user_tower.encoder == "mean"
+    assert mean.model.user_tower.sasrec == config.model.user_tower.sasrec
