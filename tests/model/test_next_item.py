@@ -37,6 +37,7 @@ def with_action_mlp():
     return {"input_preprocessor": model_schema.InputPreprocessorConfig(uih_preprocessor=uih)}
 
 
+PAPER = dict(use_silu_qkv=True, use_position_bias=True, use_time_bias=True)
 # Every option of the forward pass, some of them together: a leak through one shows all the same.
 OPTIONS = {
     "defaults": {},
@@ -52,11 +53,14 @@ OPTIONS = {
         "similarity": "COSINE",
     },
     "mean": {"encoder": "mean"},
+    "paper, own times": {"stu": PAPER | {"time_bias_query": "own"}},
+    "sasrec": {"encoder": "sasrec"},
+    "next_request": {"hstu": positions(use_time_encoding=False), "stu": PAPER},
     # The window objective's models of the last test, which leak.
     "look_ahead": {"hstu": positions(use_time_encoding=False)},
     "causal": {"stu": {"contextual_seq_len": 0}},
 }
-NAMES = tuple(OPTIONS)[:4]
+NAMES = tuple(OPTIONS)[:6]
 
 
 @functools.cache
@@ -143,6 +147,25 @@ def test_output_at_a_token_is_the_user_vector_of_the_tokens_up_to_it(name):
         np.asarray(found)[last_tokens], want[: len(last_tokens)], rtol=2e-4, atol=2e-5
     )
     assert not np.asarray(found)[len(slots_of(batch)) :].any()  # masked queries
+
+
+def test_a_bias_by_time_asks_at_the_next_event_as_serving_asks_at_the_request():
+    """The prefix's request, from which gaps count, is then the time of the token behind it."""
+    model, params, content, lookups, batch = setting("next_request")
+    found = np.asarray(vectors(model, params, lookups.history, lookups.contextual, batch))[0]
+    cut, last_tokens = prefixes(content)
+    is_last = np.isin(np.arange(sum(LENGTHS)), np.cumsum(LENGTHS) - 1)
+    request_gap = np.where(is_last, 0, np.roll(content.time_gap_s, -1))[last_tokens]
+
+    def served(request_gap):
+        gaps = cut.time_gap_s - np.repeat(request_gap, cut.lengths)
+        whole = dataclasses.replace(cut, time_gap_s=gaps.astype(np.float32))
+        cut_lookups, cut_batch = lay_out(model, whole, packed=True)
+        out = vectors(model, params, cut_lookups.history, cut_lookups.contextual, cut_batch)
+        return np.asarray(out)[0, : len(last_tokens)]
+
+    np.testing.assert_allclose(found[last_tokens], served(request_gap), rtol=2e-4, atol=2e-5)
+    assert np.abs(found[last_tokens] - served(0 * request_gap)).max() > 0.01
 
 
 def gradients(model, params, lookups, batch):
