@@ -23,7 +23,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from hstu_jax.serving.search_catalogue import Catalogue, Exclusions, TopK, concatenate
+from hstu_jax.serving.search_catalogue import (
+    Catalogue,
+    Exclusions,
+    TopK,
+    as_ids,
+    concatenate,
+)
 
 KINDS = ("flat", "ivf", "hnsw")
 FOLDER = "index"
@@ -94,11 +100,11 @@ class IndexOptions:
 def items_sha256(items: Items) -> str:
     """Hash of the ids and vectors of an export's items, in the order of the ids."""
     digest = hashlib.sha256()
-    ids = np.asarray(items.item_ids(), np.int64)
+    ids = as_ids(items.item_ids())
     order, vectors = np.argsort(ids, kind="stable"), items.item_vectors()
     for start in range(0, len(ids), _ROWS):
         rows = order[start : start + _ROWS]
-        digest.update(ids[rows].astype("<i8").tobytes())
+        digest.update("\n".join(map(str, ids[rows].tolist())).encode())
         digest.update(np.asarray(vectors[rows], "<f4").tobytes())
     return digest.hexdigest()
 
@@ -122,7 +128,7 @@ def build(items: Items, *, options: IndexOptions) -> pathlib.Path:
     lengths = catalogue.lengths()
     longest = float(lengths.max())
     same_length = bool(longest - lengths.min() <= _SAME_LENGTH * longest)
-    options = options.fitted(catalogue.num_items, same_length=same_length)
+    asked, options = options, options.fitted(catalogue.num_items, same_length=same_length)
     is_augmented = options.kind == "hnsw" and not same_length
     index = _empty_index(faiss, options, catalogue.dim + is_augmented, is_augmented)
     if options.kind == "ivf":
@@ -134,7 +140,7 @@ def build(items: Items, *, options: IndexOptions) -> pathlib.Path:
             extra = np.sqrt(np.maximum(longest**2 - lengths[rows] ** 2, 0.0))
             vectors = np.concatenate([vectors, extra[:, None].astype(np.float32)], axis=1)
         index.add(np.ascontiguousarray(vectors))
-    return _write(faiss, index, items, options, is_augmented)
+    return _write(faiss, index, items, asked, options, is_augmented)
 
 
 def _empty_index(faiss, options: IndexOptions, dim: int, is_augmented: bool):
@@ -159,7 +165,7 @@ def _training_rows(catalogue: Catalogue, nlist: int) -> np.ndarray:
     return np.ascontiguousarray(catalogue.vectors(np.sort(rows)))
 
 
-def _write(faiss, index, items: Items, options: IndexOptions, is_augmented: bool) -> pathlib.Path:
+def _write(faiss, index, items, asked, options, is_augmented) -> pathlib.Path:
     folder = pathlib.Path(items.path) / FOLDER
     folder.mkdir(exist_ok=True)
     temporary = folder / f".building-{os.getpid()}"
@@ -173,6 +179,7 @@ def _write(faiss, index, items: Items, options: IndexOptions, is_augmented: bool
         "items_sha256": items_sha256(items),
         "num_items": int(index.ntotal),
         "is_augmented": is_augmented,
+        "asked": dataclasses.asdict(asked),
         "options": dataclasses.asdict(options),
         "file": file.name,
         "file_sha256": sha256,
@@ -218,6 +225,10 @@ class AnnSearch:
             self._is_shown = item_mask[np.argsort(items.item_ids(), kind="stable")]
         self._num_shown = int(np.count_nonzero(item_mask)) if item_mask is not None else None
 
+    def check_k(self, k: int) -> None:
+        """Raises ValueError unless k is 1 .. the number of items that may be shown."""
+        self.catalogue.check_k(k, num_shown=self._num_shown)
+
     def search(
         self, user_vectors: np.ndarray, *, k: int, exclusions: Exclusions | None = None
     ) -> TopK:
@@ -236,7 +247,7 @@ class AnnSearch:
             positions = self._candidates(users[start:stop], k, hidden)
             own = np.arange(start, stop)
             parts.append(catalogue.order(users[own], positions, is_candidate=positions >= 0, k=k))
-        return concatenate(parts, k=k)
+        return concatenate(parts, catalogue, k=k)
 
     def _candidates(self, users: np.ndarray, k: int, exclusions: Exclusions | None) -> np.ndarray:
         """int64 [W, C] positions in the id order, -1 where the index has no more."""
@@ -274,6 +285,14 @@ class AnnSearch:
             width = max(self.options.ef_search, num_kept)
             return self._faiss.SearchParametersHNSW(efSearch=width, **more)
         return self._faiss.SearchParameters(**more) if more else None
+
+
+def built_options(items: Items) -> IndexOptions | None:
+    """The options that an export's index was asked for, current or not; None without an index."""
+    file = pathlib.Path(items.path) / FOLDER / _FILE
+    if not file.is_file():
+        return None
+    return IndexOptions(**json.loads(file.read_text())["asked"])
 
 
 def read_description(items: Items) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PADDING_ID = -1  # stands after the last item of a list shorter than k
+# Stands after the last item of a list shorter than k, by kind of the ids.
+PADDING_IDS = {"i": -1, "U": ""}
 _CHECK_ROWS = 65_536
 # A device's float32 product of E terms is off by less than this times E |u| |v|: twice the bound of
 # a sum in any order, and twice again for products made of bfloat16 parts.
@@ -22,7 +23,8 @@ class TopK:
     """The best items of every user.
 
     Attributes:
-        ids: int64 [W, k], best first, equal scores by lower id; `PADDING_ID` from `counts` on.
+        ids: [W, k], integers or strings, best first, equal scores by lower id; `PADDING_IDS` from
+            `counts` on.
         scores: float32 [W, k]: the inner product in float64, rounded once; -inf from `counts` on.
         counts: int64 [W]: entries in use, fewer than k where fewer items may be shown.
         num_exhaustive: users answered by scoring the whole catalogue in float64.
@@ -45,7 +47,7 @@ class Exclusions:
 
     Attributes:
         offsets: int64 [W + 1]; the items of user w are `ids[offsets[w]:offsets[w + 1]]`.
-        ids: int64; repeats and ids that the catalogue lacks are allowed.
+        ids: integers or strings, as the catalogue's; repeats and unknown ids are allowed.
     """
 
     offsets: np.ndarray
@@ -69,7 +71,7 @@ class Catalogue:
     """Items in order of their ids.
 
     Args:
-        item_ids: integers [N], each once, in any order.
+        item_ids: integers or strings [N], each once, in any order.
         item_vectors: float32 [N, E].
         item_mask: bool [N], items that take part; None is all.
 
@@ -87,21 +89,22 @@ class Catalogue:
             )
         self.dim = item_vectors.shape[1]
         order = np.argsort(item_ids, kind="stable")
-        ids = np.asarray(item_ids, np.int64)[order]
+        ids = as_ids(item_ids)[order]
         if (ids[1:] == ids[:-1]).any():
-            again = int(ids[1:][ids[1:] == ids[:-1]][0])
+            again = ids[1:][ids[1:] == ids[:-1]][0]
             raise ValueError(f"item_ids={again}: is there twice; list each item once.")
         if item_mask is not None:
             order, ids = order[item_mask[order]], ids[item_mask[order]]
         if not ids.size:
             raise ValueError("item_ids=[]: no item to search; export a catalogue with items.")
         self.ids = ids
+        self._padding = PADDING_IDS[ids.dtype.kind]
         self.num_items = len(ids)
         self._order = order
         self._vectors = item_vectors
         lengths = self.lengths()
         if not np.isfinite(lengths).all():
-            bad = int(ids[int(np.argmax(~np.isfinite(lengths)))])
+            bad = ids[int(np.argmax(~np.isfinite(lengths)))]
             raise ValueError(f"item_vectors of id {bad}: not finite; export the items again.")
         self._longest = float(lengths.max())
 
@@ -116,6 +119,17 @@ class Catalogue:
     def vectors(self, positions: np.ndarray) -> np.ndarray:
         """float32 vectors of the items at positions of the id order."""
         return np.asarray(self._vectors[self._order[positions]], np.float32)
+
+    def check_k(self, k: int, *, num_shown: int | None = None) -> None:
+        """Raises ValueError unless k is 1 .. the number of items that may be shown."""
+        num_shown = self.num_items if num_shown is None else num_shown
+        if k < 1:
+            raise ValueError(f"k={k}: must be 1 or more.")
+        if k > num_shown:
+            raise ValueError(
+                f"k={k}: the catalogue has {num_shown} items to show; give a k of {num_shown} or "
+                "less."
+            )
 
     def check_users(
         self,
@@ -133,14 +147,7 @@ class Catalogue:
             exclusions: of the same users.
             num_shown: items that may be shown; None is all.
         """
-        num_shown = self.num_items if num_shown is None else num_shown
-        if k < 1:
-            raise ValueError(f"k={k}: must be 1 or more.")
-        if k > num_shown:
-            raise ValueError(
-                f"k={k}: the catalogue has {num_shown} items to show; give a k of {num_shown} or "
-                "less."
-            )
+        self.check_k(k, num_shown=num_shown)
         users = np.asarray(user_vectors, np.float32)
         if users.ndim != 2 or users.shape[1] != self.dim:
             raise ValueError(
@@ -171,8 +178,15 @@ class Catalogue:
         if exclusions is None or not exclusions.ids.size:
             return np.full((num_users, 0), -1, np.int32)
         counts = np.diff(exclusions.offsets)
-        at = np.minimum(np.searchsorted(self.ids, exclusions.ids), self.num_items - 1)
-        at = np.where(self.ids[at] == exclusions.ids, at, -1)
+        wanted = as_ids(exclusions.ids)
+        if wanted.dtype.kind != self.ids.dtype.kind:
+            kinds = {"i": "integers", "U": "strings"}
+            raise TypeError(
+                f"exclusions.ids={wanted[0]!r}: ids are {kinds[wanted.dtype.kind]}, the "
+                f"catalogue's {kinds[self.ids.dtype.kind]}; give one kind."
+            )
+        at = np.minimum(np.searchsorted(self.ids, wanted), self.num_items - 1)
+        at = np.where(self.ids[at] == wanted, at, -1)
         hidden = np.full((num_users, padded_size(int(counts.max()), None)), -1, np.int32)
         row = np.repeat(np.arange(num_users), counts)
         hidden[row, np.arange(at.size) - np.repeat(exclusions.offsets[:-1], counts)] = at
@@ -200,11 +214,11 @@ class Catalogue:
         scores = np.where(is_candidate, scores, np.float32(-np.inf))
         place = np.lexsort((positions, -scores), axis=-1)[:, :k]
         counts = np.minimum(is_candidate.sum(axis=1), k)
-        ids = np.full((num_users, k), PADDING_ID, np.int64)
+        ids = np.full((num_users, k), self._padding, self.ids.dtype)
         best = np.full((num_users, k), -np.inf, np.float32)
         ids[:, : place.shape[1]] = self.ids[np.take_along_axis(positions, place, axis=1)]
         best[:, : place.shape[1]] = np.take_along_axis(scores, place, axis=1)
-        ids[np.arange(k) >= counts[:, None]] = PADDING_ID
+        ids[np.arange(k) >= counts[:, None]] = self._padding
         return TopK(ids, best, counts.astype(np.int64))
 
     def exhaustive(
@@ -223,14 +237,27 @@ class Catalogue:
             place = np.lexsort((position, -score))[:k]
             position, score = position[place], score[place]
         spare = k - position.size
-        ids = np.concatenate([self.ids[position], np.full(spare, PADDING_ID, np.int64)])
+        ids = np.concatenate([self.ids[position], np.full(spare, self._padding, self.ids.dtype)])
         best = np.concatenate([score, np.full(spare, -np.inf, np.float32)])
         return ids, best, position.size
 
 
-def concatenate(parts: Sequence[TopK], *, k: int) -> TopK:
+def as_ids(ids: np.ndarray) -> np.ndarray:
+    """Ids as int64 or as strings.
+
+    Raises:
+        TypeError: neither.
+    """
+    ids = np.asarray(ids)
+    if ids.dtype.kind not in "iuU":
+        raise TypeError(f"ids of type {ids.dtype}: must be integers or strings.")
+    return ids if ids.dtype.kind == "U" else ids.astype(np.int64)
+
+
+def concatenate(parts: Sequence[TopK], catalogue: Catalogue, *, k: int) -> TopK:
     """The results of several blocks of users as one."""
-    none = TopK(np.empty((0, k), np.int64), np.empty((0, k), np.float32), np.empty(0, np.int64))
+    ids = np.empty((0, k), catalogue.ids.dtype)
+    none = TopK(ids, np.empty((0, k), np.float32), np.empty(0, np.int64))
     parts = [none, *parts]
     return TopK(
         np.concatenate([part.ids for part in parts]),

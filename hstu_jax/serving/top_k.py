@@ -38,7 +38,7 @@ class ExactSearch:
     vectors once on the devices together, and `_BLOCK_SCORES` scores.
 
     Args:
-        item_ids: integers [N], each once, in any order.
+        item_ids: integers or strings [N], each once, in any order.
         item_vectors: float32 [N, E]; a memory map is read, not held.
         item_mask: bool [N], items that may be shown; None is all.
         devices: where to search; None is all devices of the default backend.
@@ -81,6 +81,10 @@ class ExactSearch:
         shard[: stop - start] = self.catalogue.vectors(np.arange(start, stop))
         return shard.reshape(1, num_blocks, block, -1)
 
+    def check_k(self, k: int) -> None:
+        """Raises ValueError unless k is 1 .. the number of items that may be shown."""
+        self.catalogue.check_k(k)
+
     def search(
         self, user_vectors: np.ndarray, *, k: int, exclusions: Exclusions | None = None
     ) -> TopK:
@@ -103,7 +107,7 @@ class ExactSearch:
             stop = min(start + self._user_block, len(users))
             hidden = exclusions.rows(start, stop) if exclusions else None
             parts.append(self._search_block(users[start:stop], k, hidden))
-        return concatenate(parts, k=k)
+        return concatenate(parts, self.catalogue, k=k)
 
     def _search_block(self, users: np.ndarray, k: int, exclusions: Exclusions | None) -> TopK:
         catalogue = self.catalogue

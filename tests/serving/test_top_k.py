@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from hstu_jax.serving import search_catalogue
-from hstu_jax.serving.search_catalogue import PADDING_ID, Exclusions
+from hstu_jax.serving.search_catalogue import Exclusions
 from hstu_jax.serving.top_k import ExactSearch
 
 
 def exclusions(lists):
     return Exclusions(
         np.concatenate([[0], np.cumsum([len(own) for own in lists])]).astype(np.int64),
-        np.concatenate([np.asarray(own, np.int64) for own in lists]).astype(np.int64),
+        np.array([item for own in lists for item in own]),
     )
 
 
@@ -68,7 +68,7 @@ def test_equals_brute_force_whatever_the_blocks_and_devices(kind):
         assert rows(found) == expected, (num_devices, block)
         assert found.num_exhaustive >= 1  # the user of the copies
         assert (found.num_empty, found.counts[0], found.counts[2]) == (1, 0, 4)
-        assert (found.ids[2, 4:] == PADDING_ID).all() and (found.scores[2, 4:] == -np.inf).all()
+        assert (found.ids[2, 4:] == -1).all() and (found.scores[2, 4:] == -np.inf).all()
     # The planted wrong variants are other answers.
     assert rows(found) != brute_force(users, ids, vectors, 10, hidden, by_id=-1)
     assert rows(found) != brute_force(users, ids, vectors, 10, [[]] * num_users)
@@ -96,6 +96,16 @@ def test_a_mask_leaves_items_out_and_k_may_be_all_of_the_rest():
         search.search(np.ones((1, 6), np.float32), k=4)
     none = search.search(np.empty((0, 6), np.float32), k=2)
     assert none.ids.shape == (0, 2)
+
+
+def test_ids_may_be_strings():
+    ids = np.array(["b", "abc", "zz", "a"])
+    search = ExactSearch(ids, np.ones((4, 2), np.float32))
+    hidden = exclusions([["abc", "not there"], ["a", "b", "zz"]])
+    found = search.search(np.ones((2, 2), np.float32), k=3, exclusions=hidden)
+    assert found.ids.tolist() == [["a", "b", "zz"], ["abc", "", ""]]
+    with pytest.raises(TypeError, match="ids are integers, the catalogue's strings"):
+        search.search(np.ones((1, 2), np.float32), k=3, exclusions=exclusions([[4]]))
 
 
 def test_bad_input_is_refused():
