@@ -73,8 +73,8 @@ class Hitrate:
     """
 
     figures: Mapping[str, Mapping[str, float]]
-    by_length: Mapping[str, Mapping[str, Mapping[str, float]]]
-    by_popularity: Mapping[str, Mapping[str, Mapping[str, float]]]
+    by_length: Mapping[str, Mapping[str, Mapping[str, float | int]]]
+    by_popularity: Mapping[str, Mapping[str, Mapping[str, float | int]]]
     overlap: float | None
     counts: Mapping[str, int]
     options: HitrateOptions

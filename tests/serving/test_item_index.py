@@ -15,7 +15,9 @@ from tests.serving.test_top_k import exclusions, rows
 
 @pytest.fixture
 def faiss():
-    return pytest.importorskip("faiss", reason="faiss-cpu (extra `ann`) is not installed")
+    module = pytest.importorskip("faiss", reason="faiss-cpu (extra `ann`) is not installed")
+    module.omp_set_num_threads(1)  # waiting threads of several test workers slow each other down
+    return module
 
 
 def users_of(items, num_users, *, seed=1):
