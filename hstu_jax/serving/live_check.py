@@ -225,7 +225,7 @@ def _tail(config, layout, rule) -> batch_lib.Tail | None:
 
 def _invent_users(model, manifest, rng) -> dict[str, pa.Array]:
     """Rows without history, with one event, with all that the model reads, and others."""
-    history, config = manifest.history, model.config
+    history = manifest.history
     limit = history.max_seq_len
     if history.sequence_length:
         limit = min(limit, history.sequence_length)
