@@ -63,6 +63,22 @@ def run_main(
         app.run(absl_main)
 
 
+def run_without_config(main: Callable[[], None]) -> None:
+    """Parses the flags, sets JAX up, and calls `main`, which reads its configuration elsewhere.
+
+    Errors end the program as in `run_main`.
+    """
+
+    def absl_main(argv: list[str]) -> None:
+        if argv[1:]:
+            raise app.UsageError(f"arguments {argv[1:]}: expected flags alone.")
+        set_up_jax()
+        main()
+
+    with _errors_as_messages():
+        app.run(absl_main)
+
+
 @contextlib.contextmanager
 def _errors_as_messages():
     """Ends the program with the message of an error that is the user's to mend."""

@@ -1,0 +1,84 @@
+"""Exports a checkpoint of a run for serving: both towers, their tables, and all items' vectors.
+
+python -m hstu_jax.export --workdir=runs/kuairand --export_dir=export
+    --item_input_path='items/*.parquet' [--checkpoint_step=N | --best]
+
+The configuration is read from the checkpoint. What is in the folder, and how to load it without
+this package's training code, is in docs/serving.md.
+"""
+
+import pathlib
+
+from absl import flags
+
+from hstu_jax import cli
+from hstu_jax.serving import catalogue, contract, exporter, item_writer, trained
+
+_EXPORT_DIR = flags.DEFINE_string("export_dir", None, "Folder to make.")
+_ITEMS = flags.DEFINE_string(
+    "item_input_path",
+    None,
+    "Parquet files with one item a row; or the word 'store': all items of the training data.",
+)
+_STEP = flags.DEFINE_integer("checkpoint_step", None, "Checkpoint to export; default: the newest.")
+_BEST = flags.DEFINE_bool("best", False, "Export the checkpoint of train.keep_best.")
+_LENGTHS = flags.DEFINE_list(
+    "history_lengths", [], "History lengths to compile for; default 64, 256, ... the longest."
+)
+_BATCHES = flags.DEFINE_list("batch_sizes", ["1", "8", "64"], "Users of a program.")
+_PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda"], "Platforms of the programs.")
+_ON_COLD = flags.DEFINE_enum(
+    "on_cold_items", "count", ["count", "refuse"], "Items without a training event."
+)
+
+
+def main() -> None:
+    """Reads the checkpoint, exports, and says what was written."""
+    for flag in (cli.WORKDIR, _EXPORT_DIR):
+        if not flag.value:
+            raise ValueError(f"--{flag.name}={flag.value!r}: must be given.")
+    if not _ITEMS.value:
+        raise ValueError(
+            "--item_input_path=None: says which items to embed; give parquet files with one item a "
+            "row ('items/*.parquet'), or the word store for all items of the training data."
+        )
+    if _BEST.value and _STEP.value is not None:
+        raise ValueError(f"--checkpoint_step={_STEP.value}: cannot be given with --best.")
+    options = exporter.ExportOptions(
+        history_lengths=_numbers(_LENGTHS),
+        batch_sizes=_numbers(_BATCHES),
+        platforms=tuple(_PLATFORMS.value),
+        on_cold=_ON_COLD.value,
+    )
+    wanted = "best" if _BEST.value else "latest" if _STEP.value is None else _STEP.value
+    model = trained.read_checkpoint(pathlib.Path(cli.WORKDIR.value), step_number=wanted)
+    print(f"model     step {model.step} of {cli.WORKDIR.value}")
+    seen, rows = _items(model)
+    report = exporter.export(
+        model, _EXPORT_DIR.value, training_items=seen, item_rows=rows, options=options, echo=print
+    )
+    print(f"exported  {report.folder}, model {report.manifest.model_version[:12]}")
+
+
+def _items(model: trained.Trained):
+    """(items with a training event, rows of all items)."""
+    if _ITEMS.value == "store":
+        store = cli.open_data(model.config)
+        return catalogue.training_items_of_store(store), catalogue.rows_of_store(
+            store, model.config
+        )
+    id_column = contract.make_contract(model.config).item_id_column
+    seen = catalogue.training_items_of_files(_ITEMS.value, id_column=id_column)
+    if seen is None:  # the data that the model was trained on knows
+        seen = catalogue.training_items_of_store(cli.open_data(model.config))
+    return seen, item_writer.read_rows(_ITEMS.value)
+
+
+def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
+    if not all(text.isdecimal() for text in flag.value):
+        raise ValueError(f"--{flag.name}={','.join(flag.value)}: must be whole numbers.")
+    return tuple(map(int, flag.value))
+
+
+if __name__ == "__main__":
+    cli.run_without_config(main)
