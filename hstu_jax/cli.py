@@ -87,6 +87,7 @@ def _errors_as_messages():
     except (
         ArithmeticError,
         AttributeError,
+        ImportError,  # a package that only this command needs
         KeyError,  # ml_collections: a misspelt section on the command line
         OSError,
         TypeError,

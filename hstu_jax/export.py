@@ -3,6 +3,11 @@
 python -m hstu_jax.export --workdir=runs/kuairand --export_dir=export
     --item_input_path='items/*.parquet' [--checkpoint_step=N | --best]
 
+An export that is there gets new items, or an index of them (or both), without a new training:
+
+python -m hstu_jax.export --export_dir=export [--refresh_items='items/*.parquet']
+    [--build_index=hnsw]
+
 The configuration is read from the checkpoint. What is in the folder, and how to load it without
 this package's training code, is in docs/serving.md.
 """
@@ -12,7 +17,16 @@ import pathlib
 from absl import flags
 
 from hstu_jax import cli
-from hstu_jax.serving import catalogue, contract, exporter, item_writer, trained
+from hstu_jax.serving import (
+    artifact,
+    catalogue,
+    contract,
+    exporter,
+    item_index,
+    item_refresh,
+    item_writer,
+    trained,
+)
 
 _EXPORT_DIR = flags.DEFINE_string("export_dir", None, "Folder to make.")
 _ITEMS = flags.DEFINE_string(
@@ -30,9 +44,42 @@ _PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda"], "Platforms of the p
 _ON_COLD = flags.DEFINE_enum(
     "on_cold_items", "count", ["count", "refuse"], "Items without a training event."
 )
+_REFRESH = flags.DEFINE_string(
+    "refresh_items", None, "Parquet files of the whole new catalogue, for an export that is there."
+)
+_INDEX = flags.DEFINE_enum(
+    "build_index", None, list(item_index.KINDS), "Also build an index of the items (extra `ann`)."
+)
 
 
 def main() -> None:
+    """Exports, or changes an export, and says what was written."""
+    if _INDEX.value:
+        item_index.import_faiss()  # before anything is written
+    if _REFRESH.value is not None or (_INDEX.value and not cli.WORKDIR.value):
+        _change()
+    else:
+        _export()
+    if _INDEX.value:
+        options = item_index.IndexOptions(kind=_INDEX.value)
+        print(f"index     {item_index.build(artifact.load(_EXPORT_DIR.value), options=options)}")
+
+
+def _change() -> None:
+    for flag in (cli.WORKDIR, _ITEMS, _STEP):
+        if flag.value is not None:
+            raise ValueError(
+                f"--{flag.name}={flag.value}: makes a new export; leave it out to change the one "
+                "that is there."
+            )
+    if not _EXPORT_DIR.value:
+        raise ValueError(f"--export_dir={_EXPORT_DIR.value!r}: must be given.")
+    if _REFRESH.value is not None:
+        there = artifact.load(_EXPORT_DIR.value)
+        print(item_refresh.refresh_items(there, item_input_path=_REFRESH.value).line())
+
+
+def _export() -> None:
     """Reads the checkpoint, exports, and says what was written."""
     for flag in (cli.WORKDIR, _EXPORT_DIR):
         if not flag.value:

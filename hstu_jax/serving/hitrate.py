@@ -4,7 +4,7 @@ Rules are those of evaluation (`hstu_jax.training.evaluation`), so that the figu
 the same: a row's whole history is neither shown nor looked for, the catalogue is the items with a
 training event, equal scores count against the model, figures are means over rows that have
 something to find. Beside them, with an index, the same figures for its lists, where an item that is
-not in the list is not found.
+not in the list is not found (and a score's other items are those of the list).
 
 Not part of the loader: this reads `hstu_jax.metrics`.
 """
@@ -231,18 +231,21 @@ class _Measure:
         return known, int(np.count_nonzero(~is_known))
 
     def _add_lists(self, users, positives, seen, is_ranked) -> None:
-        exact, ann = (
-            search.search(users, k=max(self._options.cutoffs), exclusions=seen)
-            for search in self._searches
-        )
+        largest = max(self._options.cutoffs)
+        # One more than is asked: it says whether the last score goes on, and ties count against.
+        num = min(largest + 1, int(np.count_nonzero(self._mask)))
+        exact, ann = (search.search(users, k=num, exclusions=seen) for search in self._searches)
         row = np.repeat(np.arange(len(users)), np.diff(positives.offsets))
-        is_hit = ann.ids[row] == self._ids[positives.ids][:, None]
-        is_hit &= np.arange(is_hit.shape[1]) < ann.counts[row][:, None]
-        rank = np.where(is_hit.any(axis=1), is_hit.argmax(axis=1) + 1, len(self._ids) + 1)
+        is_own = ann.ids[row] == self._ids[positives.ids][:, None]
+        is_own &= np.arange(num) < ann.counts[row][:, None]
+        score = np.max(ann.scores[row], axis=1, where=is_own, initial=-np.inf)
+        rank = np.sum(ann.scores[row] >= score[:, None], axis=1)
+        rank = np.where(is_own.any(axis=1), rank, len(self._ids) + 1)
         self._ranks[self._ann_name].append(np.where(is_ranked, rank, 0))
-        for one, other, count in zip(exact.ids, ann.ids, exact.counts, strict=True):
-            self._shared += np.intersect1d(one[:count], other).size
-        self._listed += int(exact.counts.sum())
+        counts = np.minimum(exact.counts, largest)
+        for one, other, count in zip(exact.ids, ann.ids, counts, strict=True):
+            self._shared += np.intersect1d(one[:count], other[:count]).size
+        self._listed += int(counts.sum())
 
     def result(self) -> Hitrate:
         """The figures of all rows so far."""
