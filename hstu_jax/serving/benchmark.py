@@ -150,13 +150,12 @@ def _times(call: Callable[[], Any], repeats: int) -> Times:
     return Times(seconds[0], tuple(seconds[1:]))
 
 
-@dataclasses.dataclass(frozen=True)
 class GeneratedItems:
     """Drawn vectors in place of an export; their ids count from 0."""
 
-    path: pathlib.Path
-    vectors: np.ndarray
-    manifest: Any = types.SimpleNamespace(model_version="generated")
+    def __init__(self, path: pathlib.Path, vectors: np.ndarray) -> None:
+        self.path, self.vectors = path, vectors
+        self.manifest = types.SimpleNamespace(model_version="generated")
 
     def item_ids(self) -> np.ndarray:
         """Their numbers."""

@@ -1,0 +1,257 @@
+"""From a trained run to lists, vectors, figures, new items and an endpoint, over a real export."""
+
+import dataclasses
+import json
+import shutil
+import threading
+import urllib.error
+import urllib.request
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from examples import http_endpoint
+from hstu_jax import hitrate, predict, prepare, retrieve
+from hstu_jax.config import resolve
+from hstu_jax.serving import (
+    artifact,
+    benchmark,
+    catalogue,
+    exporter,
+    item_index,
+    item_refresh,
+    item_writer,
+    trained,
+)
+from hstu_jax.training import evaluation
+from hstu_jax.training import run as run_lib
+from tests.training.small_config import small_config, with_two_tables
+
+HISTORY = "uih_seq__video_id"
+
+
+@pytest.fixture(scope="module")
+def run(small_store, tmp_path_factory):
+    config = with_two_tables(small_config(small_store, tmp_path_factory.mktemp("run")))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, source="event_store", num_groups=2)
+    )
+    return run_lib.build_run(config, small_store, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def state(run):
+    """As it starts: what is exported needs no training to be compared."""
+    return run_lib.init_state(run)
+
+
+@pytest.fixture(scope="module")
+def rows(small_store, tmp_path_factory):
+    """The store as list columns: `test/*.parquet` and `items.parquet`."""
+    folder = tmp_path_factory.mktemp("lists") / "lists"
+    prepare.main(["list_columns", "--from", str(small_store.path), "--out_dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def export_dir(run, state, rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "export"
+    model = trained.from_state(run.config, state, recorded=resolve.to_text(run.config))
+    seen = catalogue.training_items_of_files(f"{rows}/items.parquet", id_column="video_id")
+    options = exporter.ExportOptions(
+        batch_sizes=(64,), item_batch_sizes=(1024,), platforms=("cpu",)
+    )
+    exporter.export(
+        model,
+        str(folder),
+        training_items=seen,
+        item_rows=item_writer.read_rows(f"{rows}/items.parquet"),
+        options=options,
+        echo=lambda line: None,
+    )
+    return folder
+
+
+def flags(export_dir, *more):
+    return ["--export_dir", str(export_dir), "--compilation_cache", "", *map(str, more)]
+
+
+def test_hitrate_equals_evaluation_of_the_same_windows(
+    run, state, rows, export_dir, tmp_path, capsys
+):
+    output, picture = tmp_path / "figures.json", tmp_path / "figures.svg"
+    hitrate.main(
+        flags(export_dir, "--ground_truth", f"{rows}/test/*.parquet", "--batch_rows", 50,
+              "--output", output, "--picture", picture)
+    )  # fmt: skip
+    eval_set = evaluation.make_eval_set(run.store, split="test", exclude_seen=True)
+    expected = evaluation.evaluate(run, state, eval_set)
+    found = json.loads(output.read_text())
+    assert found["figures"]["exact"] == {
+        name: pytest.approx(value, abs=1e-9) for name, value in expected.metrics.means().items()
+    }
+    counts = found["counts"]
+    assert counts["rows"] == len(eval_set.windows)
+    assert counts["seen"] == expected.ranks.num_seen and counts["cold"] == expected.ranks.num_cold
+    assert "recall@100 by history length" in capsys.readouterr().out
+    assert picture.read_text().startswith("<svg")
+    # Other rules, other figures.
+    hitrate.main(
+        flags(export_dir, "--ground_truth", f"{rows}/test/*.parquet", "--show_seen",
+              "--show_cold", "--cutoffs", "10,20", "--output", output)
+    )  # fmt: skip
+    other = json.loads(output.read_text())
+    assert (other["counts"]["seen"], other["counts"]["cold"]) == (0, 0)
+    assert "recall@20" in other["figures"]["exact"]
+
+
+def test_retrieve_equals_a_ranking_of_everything(rows, export_dir, tmp_path, capsys):
+    output = tmp_path / "top.parquet"
+    arguments = flags(
+        export_dir, "--input", f"{rows}/test/*.parquet", "--output", output, "--k", 7,
+        "--exclude_seen", "--exclude_cold", "--reserved_columns", "user_id",
+    )  # fmt: skip
+    retrieve.main(arguments)
+    export = artifact.load(export_dir)
+    table = pq.read_table(f"{rows}/test")
+    users = export.embed_users(table).astype(np.float64)
+    vectors = export.item_vectors().astype(np.float64)
+    found = pq.read_table(output)
+    assert found.column_names == ["user_id", "item_ids", "scores"]
+    assert found["user_id"].equals(table["user_id"])
+    ids = export.item_ids()
+    histories = table[HISTORY].to_pylist()
+    for user, history, items in zip(users, histories, found["item_ids"].to_pylist(), strict=True):
+        scores = np.where(
+            export.item_is_cold() | np.isin(ids, history), -np.inf, (vectors @ user).astype("f4")
+        )
+        assert items == ids[np.lexsort((ids, -scores))[:7]].tolist()
+    # The longest histories are longer than the model reads: all of them is left out.
+    assert max(map(len, histories)) > export.manifest.history.max_seq_len
+    assert "truncated_histories" in capsys.readouterr().out
+    retrieve.main(arguments)
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_predict_writes_both_towers(rows, export_dir, tmp_path):
+    export = artifact.load(export_dir)
+    for tower, path, vectors in (
+        ("user", f"{rows}/test/part-00000.parquet", None),
+        ("item", f"{rows}/items.parquet", export.item_vectors()),
+    ):
+        output = tmp_path / f"{tower}.parquet"
+        predict.main(flags(export_dir, "--input", path, "--output", output, "--tower", tower))
+        if vectors is None:
+            vectors = export.embed_users(pq.read_table(path))
+        found = np.array(pq.read_table(output)[f"{tower}_tower_emb"].to_pylist(), np.float32)
+        np.testing.assert_allclose(found, vectors, atol=1e-6, rtol=0)
+
+
+@pytest.fixture
+def changed(rows, export_dir, tmp_path):
+    """A copy of the export with other items: 950 of the old ones, and 3 that are new."""
+    folder = tmp_path / "copy"
+    shutil.copytree(export_dir, folder)
+    items = pq.read_table(f"{rows}/items.parquet").select(["video_id"]).slice(50)
+    new = pa.table({"video_id": pa.array([1_010, 1_015, 1_020], pa.int64())})
+    pq.write_table(pa.concat_tables([items, new]), tmp_path / "new.parquet")
+    return folder, tmp_path / "new.parquet"
+
+
+def test_refreshed_items_are_served_and_the_old_index_is_refused(rows, changed, monkeypatch):
+    pytest.importorskip("faiss")
+    folder, path = changed
+    before = artifact.load(folder)
+    item_index.build(before, options=item_index.IndexOptions(kind="flat"))
+    result = item_refresh.refresh_items(before, item_input_path=str(path))
+    after = artifact.load(folder)
+    assert (result.num_added, result.num_removed, result.num_items) == (3, 50, 953)
+    assert result.index == "flat" and "3 added, 50 removed; flat index rebuilt" in result.line()
+    assert after.item_is_cold()[-3:].all() and result.num_cold == after.item_is_cold().sum()
+    np.testing.assert_allclose(
+        after.item_vectors()[:950], before.item_vectors()[50:], atol=1e-6, rtol=0
+    )
+    assert after.manifest.model_version == before.manifest.model_version
+    item_index.AnnSearch(after)  # the new index is of the new items
+    with pytest.raises(ValueError, match="the index is of other items"):
+        item_index.AnnSearch(before)
+    # Without a rebuilt one, nothing is served from the old index.
+    monkeypatch.setattr(item_index, "build", lambda items, options: None)
+    item_refresh.refresh_items(after, item_input_path=f"{rows}/items.parquet")
+    with pytest.raises(ValueError, match=r"the index is of other items.*--build_index=hnsw"):
+        item_index.AnnSearch(artifact.load(folder))
+
+
+def test_a_failing_refresh_changes_nothing(changed, tmp_path):
+    folder, path = changed
+    pq.write_table(pa.table({"video_id": [1, 2, 1]}), tmp_path / "twice.parquet")
+    export = artifact.load(folder)
+    with pytest.raises(ValueError, match="twice.parquet column video_id: id 1 is on two rows"):
+        item_refresh.refresh_items(export, item_input_path=str(tmp_path / "twice.parquet"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        item_refresh.refresh_items(export, item_input_path="no/where.parquet")
+    assert len(artifact.load(folder).item_ids()) == 1_000
+
+
+def test_the_http_endpoint_answers(rows, export_dir):
+    export = artifact.load(export_dir)
+    server = http_endpoint.make_server(export)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        with urllib.request.urlopen(url) as answer:
+            described = json.load(answer)
+        assert described["model_version"] == export.manifest.model_version
+        table = pq.read_table(f"{rows}/test").slice(0, 2).select(list(described["user_inputs"]))
+        request = {"columns": table.to_pydict(), "k": 5, "exclude_seen": True}
+
+        def post(content, path="/top_k"):
+            body = json.dumps(content).encode()
+            with urllib.request.urlopen(f"{url}{path}", body) as answer:
+                return json.load(answer)
+
+        found = post(request)
+        assert [len(items) for items in found["item_ids"]] == [5, 5]
+        assert not set(found["item_ids"][0]) & set(table[HISTORY][0].as_py())
+        assert post({**request, "exclude_seen": False})["item_ids"] != found["item_ids"]
+        for content, path, status in (
+            ({**request, "k": 0}, "/top_k", 400),
+            ({}, "/top_k", 400),
+            (request, "/other", 404),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                post(content, path)
+            assert error.value.code == status
+            error.value.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_benchmarks_say_what_they_measured(export_dir, capsys):
+    latency = ["latency", "--export_dir", str(export_dir), "--lengths", "3,5000", "--repeats", "2"]
+    benchmark.main(latency)
+    text = capsys.readouterr().out
+    assert "history   5,000 events" in text and text.count("p99") == 4 and "MiB" in text
+    benchmark.main(["search", "--users", "20", "--items", "500", "--dim", "8", "--k", "10"])
+    assert "exact     top 10 of 500 items of width 8 for 20 users" in capsys.readouterr().out
+    pytest.importorskip("faiss")
+    benchmark.main(
+        ["index", "--items", "500", "--dim", "8", "--users", "5", "--k", "5", "--kinds", "flat"]
+    )
+    assert "flat      recall@5 1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_recall_of_the_indexes_at_the_defaults_on_many_items(capsys):
+    """The size that runs in minutes on two cores; `benchmark index` takes a million."""
+    pytest.importorskip("faiss")
+    benchmark.main(["index", "--items", "200000", "--kinds", "ivf,hnsw"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "recall@100" in line]
+    recalls = [float(line.split()[2].rstrip(",")) for line in lines]
+    assert len(recalls) == 2 and min(recalls) >= 0.95
