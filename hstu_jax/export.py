@@ -13,10 +13,12 @@ this package's training code, is in docs/serving.md.
 """
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
 from hstu_jax import cli
+from hstu_jax.config import schema
 from hstu_jax.serving import (
     artifact,
     catalogue,
@@ -41,6 +43,12 @@ _LENGTHS = flags.DEFINE_list(
 )
 _BATCHES = flags.DEFINE_list("batch_sizes", ["1", "8", "64"], "Users of a program.")
 _PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda"], "Platforms of the programs.")
+_IDS = flags.DEFINE_enum(
+    "ids",
+    "model",
+    ["model", "original"],
+    "Ids of the inputs: the training files' own, or (of an event store) those of the raw data.",
+)
 _ON_COLD = flags.DEFINE_enum(
     "on_cold_items", "count", ["count", "refuse"], "Items without a training event."
 )
@@ -66,8 +74,8 @@ def main() -> None:
 
 
 def _change() -> None:
-    for flag in (cli.WORKDIR, _ITEMS, _STEP):
-        if flag.value is not None:
+    for flag in (cli.WORKDIR, _ITEMS, _STEP, _BEST, _LENGTHS, _BATCHES, _PLATFORMS, _IDS):
+        if flag.present:
             raise ValueError(
                 f"--{flag.name}={flag.value}: makes a new export; leave it out to change the one "
                 "that is there."
@@ -76,7 +84,13 @@ def _change() -> None:
         raise ValueError(f"--export_dir={_EXPORT_DIR.value!r}: must be given.")
     if _REFRESH.value is not None:
         there = artifact.load(_EXPORT_DIR.value)
-        print(item_refresh.refresh_items(there, item_input_path=_REFRESH.value).line())
+        refreshed = item_refresh.refresh_items(
+            there,
+            item_input_path=_REFRESH.value,
+            on_cold=_ON_COLD.value,
+            rebuild_index=_INDEX.value is None,
+        )
+        print(refreshed.line())
 
 
 def _export() -> None:
@@ -100,25 +114,32 @@ def _export() -> None:
     wanted = "best" if _BEST.value else "latest" if _STEP.value is None else _STEP.value
     model = trained.read_checkpoint(pathlib.Path(cli.WORKDIR.value), step_number=wanted)
     print(f"model     step {model.step} of {cli.WORKDIR.value}")
-    seen, rows = _items(model)
     report = exporter.export(
-        model, _EXPORT_DIR.value, training_items=seen, item_rows=rows, options=options, echo=print
+        model, _EXPORT_DIR.value, **_of_the_data(model.config), options=options, echo=print
     )
     print(f"exported  {report.folder}, model {report.manifest.model_version[:12]}")
 
 
-def _items(model: trained.Trained):
-    """(items with a training event, rows of all items)."""
-    if _ITEMS.value == "store":
-        store = cli.open_data(model.config)
-        return catalogue.training_items_of_store(store), catalogue.rows_of_store(
-            store, model.config
-        )
-    id_column = contract.make_contract(model.config).item_id_column
-    seen = catalogue.training_items_of_files(_ITEMS.value, id_column=id_column)
-    if seen is None:  # the data that the model was trained on knows
-        seen = catalogue.training_items_of_store(cli.open_data(model.config))
-    return seen, item_writer.read_rows(_ITEMS.value)
+def _of_the_data(config: schema.Config) -> dict[str, Any]:
+    """Items and what is known of them, from the item files or the training data."""
+    ids, pattern = _IDS.value, _ITEMS.value
+    catalogue.check_ids(config, ids)
+    seen, store = None, None
+    if pattern != "store":
+        id_column = contract.make_contract(config).item_id_column
+        seen = catalogue.training_items_of_files(pattern, id_column=id_column)
+    needs_maps = ids == "original" or bool(catalogue.history_features_of_items(config))
+    if pattern == "store" or seen is None or needs_maps:
+        store = cli.open_data(config)
+    return {
+        "training_items": seen or catalogue.training_items_of_store(store, ids=ids),
+        "item_rows": (
+            catalogue.rows_of_store(store, config, ids=ids)
+            if pattern == "store"
+            else item_writer.read_rows(pattern)
+        ),
+        "data_maps": catalogue.data_maps(store, config, ids=ids) if needs_maps else None,
+    }
 
 
 def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:

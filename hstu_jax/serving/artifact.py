@@ -33,6 +33,7 @@ from hstu_jax.serving import (
 from hstu_jax.serving import manifest as manifest_lib
 
 Columns = Mapping[str, Any] | pa.Table | pa.RecordBatch
+UNFINISHED = ".unfinished"  # how the names of folders end that are being written
 _PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}  # JAX's name -> the programs'
 
 
@@ -62,10 +63,22 @@ def load(
             f"on_unknown={on_unknown!r}: unknown choice; available: 'count', 'refuse'."
         )
     path = pathlib.Path(folder)
+    if path.absolute().name.endswith(UNFINISHED):
+        raise ValueError(f"{path}: left by an export that was interrupted; remove it.")
     manifest = manifest_lib.read(path)
     manifest_lib.check_parts(path, manifest.parts, verify=verify)
     items = item_folder.read(path, model_version=manifest.model_version, verify=verify)
     return Artifact(path, manifest, items, on_unknown=on_unknown)
+
+
+def open_parts(path: pathlib.Path, manifest: manifest_lib.Manifest) -> "Artifact":
+    """A folder that has no manifest file yet, while it is being exported.
+
+    Raises:
+        ValueError: as for `load`.
+    """
+    manifest_lib.check_parts(path, manifest.parts, verify=True)
+    return Artifact(path, manifest, None, on_unknown="count")
 
 
 class Artifact:
@@ -106,8 +119,10 @@ class Artifact:
             name: row_table.RowTable(path / table.file, num_rows=table.num_rows, dim=table.dim)
             for name, table in manifest.tables.items()
         }
+        keys = manifest.item_keys
+        self._item_keys = None if keys is None else _open_array(path / keys)
         training = manifest.training_items
-        self._training_items = np.load(path / training.ids, mmap_mode="r", allow_pickle=False)
+        self._training_items = _open_array(path / training.ids)
         self._parameters = {
             tower: _read_parameters(path, tower, manifest.parameters) for tower in ("user", "item")
         }
@@ -214,8 +229,7 @@ class Artifact:
         if values.dtype.kind == "f" or (values.dtype.kind == "U") != (known.dtype.kind == "U"):
             kind = "strings" if known.dtype.kind == "U" else "integers"
             raise TypeError(f"column {name}: type {array.type}: item ids are {kind} here.")
-        place = np.minimum(np.searchsorted(known, values), len(known) - 1)
-        return column.spread(known[place] == values, False)
+        return column.spread(feature_values.find(known, values) >= 0, False)
 
     def item_ids(self) -> np.ndarray:
         """int64 [N] (or strings): ids of the exported items, in the order of `item_vectors`."""
@@ -250,7 +264,13 @@ class Artifact:
         return int(np.count_nonzero(is_unknown))
 
     def _event_values(self, feature, histories, counts) -> np.ndarray:
-        return self._values(feature, histories.columns[feature.column], counts)
+        if feature.item_values is None:
+            return self._values(feature, histories.columns[feature.column], counts)
+        items = histories.columns[self.manifest.history_column]
+        column = feature_values.from_arrow(items, where=f"column {self.manifest.history_column}")
+        place = feature_values.find(self._item_keys, column.values)  # -1 = the last
+        values = np.load(self.path / feature.item_values, mmap_mode="r", allow_pickle=False)
+        return np.asarray(values[column.spread(place, -1)])
 
     def _values(self, feature: manifest_lib.Feature, array: pa.Array, counts: dict) -> np.ndarray:
         """Ids or numbers of every row: [n], or [n, V]."""
@@ -331,6 +351,10 @@ class Artifact:
         with self._lock:
             for name, count in counts.items():
                 self.counts[name] += count
+
+
+def _open_array(file: pathlib.Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def _read_parameters(

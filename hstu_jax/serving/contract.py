@@ -18,6 +18,7 @@ from hstu_jax.serving import manifest as manifest_lib
 _STORE_ITEM = "video_id"  # of an event store: the item_index
 # What an event store knows of an event; all else in a history is a feature of its item.
 _STORE_HISTORY = ("video_id", "action_weight", "watch_time", "action_timestamp")
+ITEM_KEYS = "item_values/keys.npy"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,33 +51,48 @@ def is_store(config: schema.Config) -> bool:
 
 
 def make_contract(
-    config: schema.Config, *, translations: Mapping[str, str] | None = None
+    config: schema.Config,
+    *,
+    translated: Mapping[str, str] | None = None,
+    of_items: tuple[str, ...] = (),
 ) -> Contract:
     """The promises of a configuration.
 
     Args:
         config: of the training run.
-        translations: column's bare name -> name of the translation of original ids.
+        translated: columns, items' by their bare name, that hold original ids -> "id" for
+            integers or "key" for strings.
+        of_items: features of the history that are looked up by its items.
 
     Raises:
         ValueError: a feature that an export cannot serve.
     """
-    groups, translations = config.feature_groups, translations or {}
+    groups, translated = config.feature_groups, translated or {}
     layout = list_layout.layout_of(config)
     item_column = _STORE_ITEM if is_store(config) else layout.item_column
     sequence = sequence_name(groups["uih"][0])
     history_column = f"{sequence}__{item_column}"
-    _check_history(config, sequence)
 
     def features(group: str) -> tuple[manifest_lib.Feature, ...]:
-        return tuple(_feature(config, name, group, translations) for name in groups.get(group, ()))
+        return tuple(
+            dataclasses.replace(
+                _feature(config, name, group, translated),
+                item_values=item_values_file(name) if name in of_items else None,
+            )
+            for name in groups.get(group, ())
+        )
 
     found = {group: features(group) for group in ("uih", "contextual", "candidate")}
     sequence_config = config.sequences.get(sequence, SequenceConfig())
     item_feature = config.all_features[_item_feature(config, item_column)]
     timestamp_layernorm = config.model.user_tower.hstu.timestamp_layernorm
     return Contract(
-        user_inputs=_user_inputs(config, layout, history_column, item_feature),
+        user_inputs=tuple(
+            dataclasses.replace(
+                each, dtype=translated.get(list_layout.bare_name(each.name), each.dtype)
+            )
+            for each in _user_inputs(config, layout, history_column, item_feature, of_items)
+        ),
         item_inputs=_item_inputs(config, item_column, item_feature),
         history_column=history_column,
         item_id_column=item_column,
@@ -103,16 +119,18 @@ def make_contract(
     )
 
 
-def _check_history(config: schema.Config, sequence: str) -> None:
-    if not is_store(config):
-        return
-    known = [f"{sequence}__{name}" for name in _STORE_HISTORY]
-    for name in config.feature_groups["uih"]:
-        if config.column(name) not in known:
-            raise ValueError(
-                f"feature_groups.uih={name!r}: a feature that an event store looks up by the item "
-                "of an event cannot be exported yet; train on list columns, whose rows have it."
-            )
+def store_item_features(config: schema.Config) -> tuple[str, ...]:
+    """Features of the history that an event store looks up by the item of an event."""
+    return tuple(
+        name
+        for name in config.feature_groups["uih"]
+        if list_layout.bare_name(config.column(name)) not in _STORE_HISTORY
+    )
+
+
+def item_values_file(feature: str) -> str:
+    """File of a history feature's values by item."""
+    return f"item_values/{file_name(feature)}.npy"
 
 
 def _item_feature(config: schema.Config, item_column: str) -> str:
@@ -127,7 +145,9 @@ def _item_feature(config: schema.Config, item_column: str) -> str:
     )
 
 
-def _user_inputs(config, layout, history_column, item_feature) -> tuple[manifest_lib.Input, ...]:
+def _user_inputs(
+    config, layout, history_column, item_feature, of_items
+) -> tuple[manifest_lib.Input, ...]:
     inputs: dict[str, manifest_lib.Input] = {}
 
     def add(name, kind, dtype, unit, *, is_null_allowed):
@@ -155,6 +175,8 @@ def _user_inputs(config, layout, history_column, item_feature) -> tuple[manifest
     if layout.watch_time:
         add(layout.watch_time, dtype="float32", unit="seconds", **sequence)
     for name in config.feature_groups["uih"]:
+        if name in of_items:
+            continue
         feature = config.all_features[name]
         unit = "number" if isinstance(feature, RawFeature) else "id"
         add(config.column(name), "sequence", _dtype(feature), unit, is_null_allowed=True)
@@ -192,12 +214,13 @@ def _dtype(feature: IdFeature | RawFeature) -> str:
 
 
 def _feature(
-    config: schema.Config, name: str, group: str, translations: Mapping[str, str]
+    config: schema.Config, name: str, group: str, translated: Mapping[str, str]
 ) -> manifest_lib.Feature:
     feature = config.all_features[name]
     column = config.column(name)
     bare = list_layout.bare_name(column)
     is_contextual = group == "contextual"
+    translation = column if is_contextual else bare
     return manifest_lib.Feature(
         name=name,
         column=bare if group == "candidate" else column,
@@ -206,7 +229,8 @@ def _feature(
         pooling=feature.pooling if isinstance(feature, IdFeature) else "sum",
         value_dim=feature.value_dim,
         separator=feature.separator if is_contextual else "",
-        translation=translations.get(bare if not is_contextual else column),
+        translation=translation if translation in translated else None,
+        item_values=None,
         rule=_rule(config, name, feature),
     )
 

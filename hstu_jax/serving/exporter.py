@@ -11,14 +11,11 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
-import flax.traverse_util
 import jax
-import jax.export
 import numpy as np
-import orbax.checkpoint as ocp
 import pyarrow as pa
 from jaxtyping import Int, Shaped
 
@@ -28,14 +25,13 @@ from hstu_jax.serving import (
     item_writer,
     live_check,
     lowering,
+    part_writer,
     trained,
 )
 from hstu_jax.serving import manifest as manifest_lib
-from hstu_jax.tables import spec as table_spec
 
 write_items = item_writer.write_items
 PLATFORMS = ("cpu", "cuda")
-_BLOCK_BYTES = 2**24  # of a table, written at a time
 _SHORTEST = 64  # of the default history lengths, each four times the one before
 _MAX_TOKENS = 2**17  # of a program's batch
 _PACKAGES = ("hstu_jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "pyarrow")
@@ -85,6 +81,27 @@ class TrainingItems:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DataMaps:
+    """What the training data knows and a row does not say.
+
+    Attributes:
+        translations: column -> (original ids ascending, the model's id of each, that of an
+            original id that is not among them; -1 = none). Empty = inputs hold the model's ids.
+        item_keys: item ids, ascending, that `item_values` are of; as the inputs have them.
+        item_values: feature of the history -> its ids or numbers of these items, and in the last
+            place those of any other item.
+    """
+
+    translations: Mapping[str, tuple[np.ndarray, np.ndarray, int]] = dataclasses.field(
+        default_factory=dict
+    )
+    item_keys: Shaped[np.ndarray, "n"] | None = None
+    item_values: Mapping[str, Shaped[np.ndarray, "n_and_one"]] = dataclasses.field(
+        default_factory=dict
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """What an export wrote and compared.
 
@@ -107,16 +124,21 @@ def export(
     *,
     training_items: TrainingItems,
     item_rows: Iterable[tuple[str, pa.RecordBatch]] | None,
+    data_maps: DataMaps | None = None,
     options: ExportOptions | None = None,
     echo: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Exports a model.
+
+    The folder appears under its name when it is whole, loaded and compared. One that was killed
+    leaves `.<name>-<process>.unfinished` beside it, which nothing loads and the next one removes.
 
     Args:
         model: from a checkpoint.
         folder: to make; must not exist, or be empty.
         training_items: items with a training event.
         item_rows: all items, as `write_items` takes them; None writes none.
+        data_maps: original ids, and what histories look up by item.
         options: sizes and platforms.
         echo: told of every stage.
 
@@ -125,25 +147,37 @@ def export(
         ValueError: the model has something that an export cannot serve, the items break a rule, or
             the export does not compute what the live model does.
     """
-    options = options or ExportOptions()
+    options, data_maps = options or ExportOptions(), data_maps or DataMaps()
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"export_dir={folder}: exists and is not empty; choose another.")
-    promises = contract.make_contract(model.config)
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
+    promises = contract.make_contract(
+        model.config,
+        translated={
+            column: "key" if keys.dtype.kind == "U" else "id"
+            for column, (keys, _, _) in data_maps.translations.items()
+        },
+        of_items=tuple(data_maps.item_values),
+    )
+    for killed in folder.parent.glob(f".{folder.name}-*{artifact.UNFINISHED}"):
+        shutil.rmtree(killed)
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}{artifact.UNFINISHED}")
     temporary.mkdir(parents=True)
     try:
-        manifest = _write(model, promises, temporary, training_items, options, echo)
-        # The manifest comes last: without it nothing loads.
-        (temporary / manifest_lib.FILE).write_text(manifest_lib.to_json(manifest))
-        opened = artifact.load(temporary)
+        manifest = _write(model, promises, temporary, training_items, data_maps, options, echo)
+        text = manifest_lib.to_json(manifest)
+        read_back = manifest_lib.from_fields(
+            manifest_lib.Manifest, json.loads(text), where=str(temporary)
+        )
+        opened = artifact.open_parts(temporary, read_back)
         check = live_check.compare(model, opened)
         echo(f"compared  {check.line()}")
         written = None
         if item_rows is not None:
             written = write_items(opened, item_rows, temporary, on_cold=options.on_cold)
             echo(f"items     {written.num_items:,}, {written.num_cold:,} without a training event")
+        # Last: without it nothing loads.
+        (temporary / manifest_lib.FILE).write_text(text)
         item_writer.sync_tree(temporary)
         if folder.exists():
             folder.rmdir()
@@ -161,33 +195,30 @@ def default_lengths(max_seq_len: int) -> tuple[int, ...]:
     return (*lengths, max_seq_len)
 
 
-def _write(model, promises, folder, training_items, options, echo) -> manifest_lib.Manifest:
-    """Everything but the manifest and the items."""
-    tables = _write_tables(model, folder)
+def _write(
+    model, promises, folder, training_items, data_maps, options, echo
+) -> manifest_lib.Manifest:
+    """Everything but the items; the manifest is returned."""
+    sizes = _sizes(promises.history.max_seq_len, options)
+    tables = part_writer.write_tables(model, folder)
     size = sum(table.num_rows * table.dim * 4 for table in tables.values())
     echo(f"tables    {len(tables)}, {size / 2**20:,.1f} MiB")
-    parameters = _write_parameters(model, folder)
-    _write_arrays(promises, training_items, folder)
-    lengths = options.history_lengths or default_lengths(promises.history.max_seq_len)
-    if lengths[-1] != promises.history.max_seq_len:
-        raise ValueError(
-            f"history_lengths={lengths}: the longest must be model.user_tower.max_seq_len="
-            f"{promises.history.max_seq_len}; end with it."
+    parameters = part_writer.write_parameters(model, folder)
+    translations = {
+        column: manifest_lib.Translation(
+            keys=f"translations/{contract.file_name(column)}_keys.npy",
+            numbers=f"translations/{contract.file_name(column)}_numbers.npy",
+            unlisted=unlisted,
         )
-    sizes = tuple(
-        manifest_lib.Size(length=length, batches=_batches(length, options.batch_sizes))
-        for length in lengths
-    )
-    programs = _write_programs(model, folder, sizes, options)
-    echo(f"programs  {len(programs)}, lengths {lengths}")
+        for column, (_, _, unlisted) in data_maps.translations.items()
+    }
+    part_writer.write_arrays(_arrays(promises, training_items, data_maps, translations), folder)
+    programs = part_writer.write_programs(model, folder, sizes, platforms=options.platforms)
+    lengths = tuple(size.length for size in sizes)
+    echo(f"programs  {len(programs)} for {', '.join(options.platforms)}; histories of {lengths}")
     functions = lowering.TowerFunctions(model.config, "xla")
     item_input = jax.ShapeDtypeStruct((1, model.config.group_width("candidate")), np.float32)
     vector = jax.eval_shape(functions.item, model.variables, item_input)
-    parts = {
-        str(file.relative_to(folder)): manifest_lib.describe_part(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
     manifest = manifest_lib.Manifest(
         format_version=manifest_lib.FORMAT_VERSION,
         model_version="",
@@ -196,10 +227,11 @@ def _write(model, promises, folder, training_items, options, echo) -> manifest_l
         similarity=model.config.model.similarity,
         normalized=model.config.model.similarity == "COSINE",
         outputs={"user": "user_tower_emb", "item": "item_tower_emb"},
-        ids="model",
+        ids="original" if translations else "model",
         **promises.fields(),
-        translations={},
+        translations=translations,
         training_items=_TRAINING_ITEMS,
+        item_keys=None if data_maps.item_keys is None else contract.ITEM_KEYS,
         tables=tables,
         sizes=sizes,
         item_batches=options.item_batch_sizes,
@@ -209,7 +241,11 @@ def _write(model, promises, folder, training_items, options, echo) -> manifest_l
         uses_average=model.uses_average,
         config=model.config_text,
         versions={name: importlib.metadata.version(name) for name in _PACKAGES},
-        parts=parts,
+        parts={
+            str(file.relative_to(folder)): manifest_lib.describe_part(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        },
     )
     return dataclasses.replace(manifest, model_version=manifest_lib.model_version(manifest))
 
@@ -219,121 +255,34 @@ _TRAINING_ITEMS = manifest_lib.TrainingItems(
 )
 
 
-def _batches(length: int, batch_sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Those whose tokens a program may take at once."""
-    return tuple(n for n in batch_sizes if n * length <= _MAX_TOKENS or n == batch_sizes[0])
+def _arrays(promises, training_items, data_maps, translations) -> dict[str, np.ndarray]:
+    """File -> array: vocabularies, original ids, and what is known of items."""
+    arrays = {file: np.array(words, dtype=np.str_) for file, words in promises.vocabularies.items()}
+    for column, files in translations.items():
+        keys, numbers, _ = data_maps.translations[column]
+        arrays |= {files.keys: keys, files.numbers: numbers}
+    arrays[_TRAINING_ITEMS.ids] = training_items.ids
+    arrays[_TRAINING_ITEMS.counts] = training_items.counts
+    if data_maps.item_keys is not None:
+        arrays[contract.ITEM_KEYS] = data_maps.item_keys
+        for name, values in data_maps.item_values.items():
+            arrays[contract.item_values_file(name)] = values
+    return arrays
 
 
-def _write_tables(model: trained.Trained, folder: pathlib.Path) -> dict[str, manifest_lib.Table]:
-    """Every table once, row i for id i, a block at a time."""
-    (folder / "tables").mkdir()
-    tables = {}
-    for spec in model.specs:
-        file = f"tables/{contract.file_name(spec.name)}.npy"
-        weights = np.asarray(model.weights[spec.name])  # on the CPU a view
-        header = {"descr": "<f4", "fortran_order": False, "shape": (spec.num_rows, spec.dim)}
-        block = max(_BLOCK_BYTES // (4 * spec.dim), 1)
-        with (folder / file).open("wb") as target:
-            np.lib.format.write_array_header_1_0(target, header)
-            for start in range(0, spec.num_rows, block):
-                ids = np.arange(start, min(start + block, spec.num_rows), dtype=np.int32)
-                rows = np.asarray(table_spec.rows_of(spec, jax.numpy.asarray(ids), ids >= 0))
-                target.write(weights[rows].tobytes())
-        tables[spec.name] = manifest_lib.Table(file=file, num_rows=spec.num_rows, dim=spec.dim)
-    return tables
-
-
-def _write_parameters(
-    model: trained.Trained, folder: pathlib.Path
-) -> tuple[manifest_lib.Array, ...]:
-    """`user_tower/` and `item_tower/`: each tower's variables as an Orbax tree."""
-    described = []
-    for tower in ("user", "item"):
-        tree = jax.tree.map(np.asarray, tower_variables(model.variables, tower))
-        flat = flax.traverse_util.flatten_dict(tree, sep="/")
-        if not flat:  # an item tower may be the embedding itself
-            continue
-        _save(folder / f"{tower}_tower", tree)
-        for name, array in sorted(flat.items()):
-            described.append(
-                manifest_lib.Array(
-                    tower=tower,
-                    name=name,
-                    shape=array.shape,
-                    dtype=str(array.dtype),
-                    sha256=artifact.array_sha256(array),
-                )
-            )
-    return tuple(described)
-
-
-def tower_variables(variables: dict[str, Any], tower: str) -> dict[str, Any]:
-    """The collections of one tower, under the names that the whole model gives them."""
-    name = f"{tower}_tower"
-    return {kind: {name: tree[name]} for kind, tree in variables.items() if tree.get(name)}
-
-
-def _save(folder: pathlib.Path, tree: dict[str, Any]) -> None:
-    """An Orbax tree whose files depend on the values alone."""
-    # Without OCDBT, whose files have random names.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
-    record = folder / "_CHECKPOINT_METADATA"
-    fields = json.loads(record.read_text())
-    fields |= {name: 0 for name in fields if name.endswith("_timestamp_nsecs")}
-    record.write_text(json.dumps(fields, sort_keys=True))
-    note = folder / "commit_success.txt"  # says where it was written
-    if note.exists():
-        note.write_text("Checkpoint commit was successful.")
-
-
-def _write_arrays(promises, training_items, folder) -> None:
-    for file, words in promises.vocabularies.items():
-        (folder / file).parent.mkdir(exist_ok=True)
-        np.save(folder / file, np.array(words, dtype=np.str_), allow_pickle=False)
-    (folder / "training_items").mkdir()
-    np.save(folder / _TRAINING_ITEMS.ids, training_items.ids, allow_pickle=False)
-    np.save(folder / _TRAINING_ITEMS.counts, training_items.counts, allow_pickle=False)
-
-
-def _write_programs(model, folder, sizes, options) -> tuple[manifest_lib.Program, ...]:
-    """A program for every tower, platform and size; the item program takes any number of rows."""
-    config, programs = model.config, []
-    has_attention = config.model.user_tower.encoder == "hstu"
-    functions = lowering.TowerFunctions(config, "xla")
-    user, item = (tower_variables(model.variables, tower) for tower in ("user", "item"))
-
-    def save(exported: jax.export.Exported, **described: Any) -> None:
-        program = manifest_lib.Program(**described)
-        (folder / program.file).write_bytes(exported.serialize())
-        programs.append(program)
-
-    for platform in options.platforms:
-        place = f"programs/{platform}"
-        (folder / place).mkdir(parents=True)
-        for length, batch in ((size.length, n) for size in sizes for n in size.batches):
-            # Static, since the segments of the layout are searched by binary search, whose number
-            # of steps JAX takes from the batch.
-            shapes = lowering.user_shapes(config, batch=batch, length=length)
-            save(
-                lowering.export(functions.user, platform, user, shapes),
-                tower="user",
-                platform=platform,
-                length=length,
-                batch=batch,
-                attention=functions.attention if has_attention else "",
-                file=f"{place}/user_{length:05d}_{batch:04d}.bin",
-            )
-        (rows,) = jax.export.symbolic_shape("b")
-        shape = jax.ShapeDtypeStruct((rows, config.group_width("candidate")), np.float32)
-        save(
-            lowering.export(functions.item, platform, item, shape),
-            tower="item",
-            platform=platform,
-            length=0,
-            batch=0,
-            attention="",
-            file=f"{place}/item.bin",
+def _sizes(max_seq_len: int, options: ExportOptions) -> tuple[manifest_lib.Size, ...]:
+    """History lengths, each with those batches whose tokens a program may take at once."""
+    lengths = options.history_lengths or default_lengths(max_seq_len)
+    if lengths[-1] != max_seq_len:
+        raise ValueError(
+            f"history_lengths={lengths}: the longest must be model.user_tower.max_seq_len="
+            f"{max_seq_len}, which the model was trained with; end with it."
         )
-    return tuple(programs)
+    batches = options.batch_sizes
+    return tuple(
+        manifest_lib.Size(
+            length=length,
+            batches=tuple(n for n in batches if n * length <= _MAX_TOKENS or n == batches[0]),
+        )
+        for length in lengths
+    )

@@ -141,8 +141,8 @@ class Rules:
         unlisted = self._translations[name].unlisted
         if not len(keys) or not len(values):
             return dataclasses.replace(column, values=np.full(len(values), unlisted, np.int64))
-        place = np.minimum(np.searchsorted(keys, values), len(keys) - 1)
-        found = np.where(keys[place] == values, numbers[place], unlisted)
+        place = find(keys, values)
+        found = np.where(place >= 0, numbers[place], unlisted)
         return dataclasses.replace(column, values=found.astype(np.int64))
 
     def map(self, column: Column, feature: manifest_lib.Feature, *, where: str) -> Mapped:
@@ -190,6 +190,14 @@ class Rules:
             np.load(self._folder / file, mmap_mode="r", allow_pickle=False)
             for file in (files.keys, files.numbers)
         )
+
+
+def find(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Places of the values among ascending keys; -1 for those that are not there."""
+    if not len(keys):
+        return np.full(len(values), -1, np.int64)
+    place = np.minimum(np.searchsorted(keys, values), len(keys) - 1)
+    return np.where(keys[place] == values, place, -1)
 
 
 def to_rows(

@@ -7,6 +7,7 @@ loader's.
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
@@ -41,20 +42,28 @@ class Refreshed:
         )
 
 
-def refresh_items(artifact: artifact_lib.Artifact, *, item_input_path: str) -> Refreshed:
+def refresh_items(
+    artifact: artifact_lib.Artifact,
+    *,
+    item_input_path: str,
+    on_cold: Literal["count", "refuse"] = "count",
+    rebuild_index: bool = True,
+) -> Refreshed:
     """Embeds the items of files into an export, and rebuilds the index that it has.
 
     Args:
         artifact: the export, written to in place. This object goes on with the old items; load the
             folder again for the new ones.
         item_input_path: parquet files with the whole catalogue, one item a row, as a pattern.
+        on_cold: what to do with items that training has not seen: count and mark them, or raise.
+        rebuild_index: False leaves the old index, which nothing reads any more.
 
     Raises:
         FileNotFoundError: no such files.
         ImportError: the export has an index, and faiss does not load: nothing is changed then.
         ValueError, TypeError: items that cannot be embedded: the old ones stay.
     """
-    options = item_index.built_options(artifact)
+    options = item_index.built_options(artifact) if rebuild_index else None
     if options is not None:
         item_index.import_faiss()
     try:
@@ -62,7 +71,7 @@ def refresh_items(artifact: artifact_lib.Artifact, *, item_input_path: str) -> R
     except FileNotFoundError:  # exported without items
         before = np.empty(0, np.int64)
     written = item_writer.write_items(
-        artifact, item_writer.read_rows(item_input_path), artifact.path
+        artifact, item_writer.read_rows(item_input_path), artifact.path, on_cold=on_cold
     )
     renewed = artifact_lib.load(artifact.path, verify=False)
     after = renewed.item_ids()

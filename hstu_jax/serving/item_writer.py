@@ -168,19 +168,34 @@ def _embed(
         vectors = artifact.embed_items(batch)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{where} {error}") from None
+    ids = item_ids(batch, name, where=where)
+    _refuse_twice(ids, f"{where} column {name}")
+    columns = {"item_id": ids, "is_cold": ~artifact.has_training_event(ids)}
+    if ORIGINAL_ID in batch.schema.names:
+        columns[ORIGINAL_ID] = batch.column(ORIGINAL_ID)
+    return columns, vectors
+
+
+def item_ids(batch: pa.RecordBatch, name: str, *, where: str) -> np.ndarray:
+    """Item ids of rows: int64, or strings.
+
+    Raises:
+        ValueError: an id is missing.
+        TypeError: neither integers nor strings.
+    """
     array = batch.column(name)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     if array.null_count:
         at = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
         raise ValueError(f"{where} column {name}: row {at} is null; every item needs an id.")
     if pa.types.is_integer(array.type):
-        ids = array.to_numpy(zero_copy_only=False).astype(np.int64)
-    else:
-        ids = np.array(array.to_pylist(), dtype=np.str_)
-    _refuse_twice(ids, f"{where} column {name}")
-    columns = {"item_id": ids, "is_cold": ~artifact.has_training_event(array)}
-    if ORIGINAL_ID in batch.schema.names:
-        columns[ORIGINAL_ID] = batch.column(ORIGINAL_ID)
-    return columns, vectors
+        return array.to_numpy(zero_copy_only=False).astype(np.int64)
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        return np.array(array.to_pylist(), dtype=np.str_)
+    raise TypeError(
+        f"{where} column {name}: type {array.type}: item ids must be integers or strings."
+    )
 
 
 def _refuse_twice(ids: np.ndarray, where: str) -> None:

@@ -71,6 +71,8 @@ class Feature:
         value_dim: values of a row, exactly; 0 = any number.
         separator: between the values of a row that is a string; "" = strings are not split.
         translation: name of the `Translation` of original ids that comes first, or None.
+        item_values: file with the feature's ids or numbers of every item of `item_keys`, and
+            those of an item that is not among them in the last place; None = from the rows.
         rule: kind ("num_buckets", "hash", "vocabulary", "number" or "boundaries") and its settings;
             `feature_values.py` has the rules.
     """
@@ -83,6 +85,7 @@ class Feature:
     value_dim: int
     separator: str
     translation: str | None
+    item_values: str | None
     rule: Mapping[str, Any]
 
 
@@ -204,6 +207,7 @@ class Manifest:
         candidate_features: features of an item, side by side.
         translations: name -> files of original ids.
         training_items: item ids that have a training event.
+        item_keys: file of the item ids, ascending, that `Feature.item_values` are of, or None.
         tables: embedding tables by name.
         sizes: history lengths and their batch sizes.
         item_batches: batch sizes of the item program.
@@ -234,6 +238,7 @@ class Manifest:
     candidate_features: tuple[Feature, ...]
     translations: Mapping[str, Translation]
     training_items: TrainingItems
+    item_keys: str | None
     tables: Mapping[str, Table]
     sizes: tuple[Size, ...]
     item_batches: tuple[int, ...]
@@ -258,7 +263,7 @@ def model_version(manifest: Manifest) -> str:
     files = [table.file for table in manifest.tables.values()]
     files += [f for each in manifest.translations.values() for f in (each.keys, each.numbers)]
     files += [manifest.training_items.ids, manifest.training_items.counts]
-    files += [f for f in manifest.parts if f.startswith("vocabularies/")]
+    files += [f for f in manifest.parts if f.startswith(("vocabularies/", "item_values/"))]
     contract = {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
     contract["files"] = {name: manifest.parts[name].sha256 for name in sorted(set(files))}
     return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
