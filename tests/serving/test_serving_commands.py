@@ -12,14 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from examples import http_endpoint
-from hstu_jax import hitrate, predict, prepare, retrieve
+from hstu_jax import export, hitrate, predict, prepare, retrieve
 from hstu_jax.config import resolve
 from hstu_jax.serving import (
     artifact,
     benchmark,
     catalogue,
+    command_line,
     exporter,
     item_index,
     item_refresh,
@@ -75,7 +78,7 @@ def export_dir(run, state, rows, tmp_path_factory):
     return folder
 
 
-def flags(export_dir, *more):
+def flag_list(export_dir, *more):
     return ["--export_dir", str(export_dir), "--compilation_cache", "", *map(str, more)]
 
 
@@ -84,7 +87,7 @@ def test_hitrate_equals_evaluation_of_the_same_windows(
 ):
     output, picture = tmp_path / "figures.json", tmp_path / "figures.svg"
     hitrate.main(
-        flags(export_dir, "--ground_truth", f"{rows}/test/*.parquet", "--batch_rows", 50,
+        flag_list(export_dir, "--ground_truth", f"{rows}/test/*.parquet", "--batch_rows", 50,
               "--output", output, "--picture", picture)
     )  # fmt: skip
     eval_set = evaluation.make_eval_set(run.store, split="test", exclude_seen=True)
@@ -100,7 +103,7 @@ def test_hitrate_equals_evaluation_of_the_same_windows(
     assert picture.read_text().startswith("<svg")
     # Other rules, other figures.
     hitrate.main(
-        flags(export_dir, "--ground_truth", f"{rows}/test/*.parquet", "--show_seen",
+        flag_list(export_dir, "--ground_truth", f"{rows}/test/*.parquet", "--show_seen",
               "--show_cold", "--cutoffs", "10,20", "--output", output)
     )  # fmt: skip
     other = json.loads(output.read_text())
@@ -110,42 +113,42 @@ def test_hitrate_equals_evaluation_of_the_same_windows(
 
 def test_retrieve_equals_a_ranking_of_everything(rows, export_dir, tmp_path, capsys):
     output = tmp_path / "top.parquet"
-    arguments = flags(
+    arguments = flag_list(
         export_dir, "--input", f"{rows}/test/*.parquet", "--output", output, "--k", 7,
         "--exclude_seen", "--exclude_cold", "--reserved_columns", "user_id",
     )  # fmt: skip
     retrieve.main(arguments)
-    export = artifact.load(export_dir)
+    opened = artifact.load(export_dir)
     table = pq.read_table(f"{rows}/test")
-    users = export.embed_users(table).astype(np.float64)
-    vectors = export.item_vectors().astype(np.float64)
+    users = opened.embed_users(table).astype(np.float64)
+    vectors = opened.item_vectors().astype(np.float64)
     found = pq.read_table(output)
     assert found.column_names == ["user_id", "item_ids", "scores"]
     assert found["user_id"].equals(table["user_id"])
-    ids = export.item_ids()
+    ids = opened.item_ids()
     histories = table[HISTORY].to_pylist()
     for user, history, items in zip(users, histories, found["item_ids"].to_pylist(), strict=True):
         scores = np.where(
-            export.item_is_cold() | np.isin(ids, history), -np.inf, (vectors @ user).astype("f4")
+            opened.item_is_cold() | np.isin(ids, history), -np.inf, (vectors @ user).astype("f4")
         )
         assert items == ids[np.lexsort((ids, -scores))[:7]].tolist()
     # The longest histories are longer than the model reads: all of them is left out.
-    assert max(map(len, histories)) > export.manifest.history.max_seq_len
+    assert max(map(len, histories)) > opened.manifest.history.max_seq_len
     assert "truncated_histories" in capsys.readouterr().out
     retrieve.main(arguments)
     assert "complete already" in capsys.readouterr().out
 
 
 def test_predict_writes_both_towers(rows, export_dir, tmp_path):
-    export = artifact.load(export_dir)
+    opened = artifact.load(export_dir)
     for tower, path, vectors in (
         ("user", f"{rows}/test/part-00000.parquet", None),
-        ("item", f"{rows}/items.parquet", export.item_vectors()),
+        ("item", f"{rows}/items.parquet", opened.item_vectors()),
     ):
         output = tmp_path / f"{tower}.parquet"
-        predict.main(flags(export_dir, "--input", path, "--output", output, "--tower", tower))
+        predict.main(flag_list(export_dir, "--input", path, "--output", output, "--tower", tower))
         if vectors is None:
-            vectors = export.embed_users(pq.read_table(path))
+            vectors = opened.embed_users(pq.read_table(path))
         found = np.array(pq.read_table(output)[f"{tower}_tower_emb"].to_pylist(), np.float32)
         np.testing.assert_allclose(found, vectors, atol=1e-6, rtol=0)
 
@@ -185,27 +188,60 @@ def test_refreshed_items_are_served_and_the_old_index_is_refused(rows, changed, 
         item_index.AnnSearch(artifact.load(folder))
 
 
+def test_export_refreshes_items_and_builds_an_index_by_flags(changed, capsys):
+    pytest.importorskip("faiss")
+    folder, path = changed
+    flags.FLAGS.mark_as_parsed()
+    given = {"export_dir": str(folder), "refresh_items": str(path), "build_index": "flat"}
+    with flagsaver.as_parsed(**given):
+        export.main()
+    text = capsys.readouterr().out
+    assert (
+        "items     953, 165 of them cold; 3 added, 50 removed; no index" in text
+        and "index.json" in text
+    )
+    assert item_index.AnnSearch(artifact.load(folder)).options.kind == "flat"
+    for more, message in (
+        ({"workdir": "runs/a"}, "--workdir=runs/a: makes a new export; leave it out to change the"),
+        ({"batch_sizes": "1,8"}, "--batch_sizes="),
+        ({"on_cold_items": "refuse"}, "new.parquet column video_id: item .* no training event"),
+    ):
+        with flagsaver.as_parsed(**given, **more), pytest.raises(ValueError, match=message):
+            export.main()
+
+
+def test_errors_end_a_command_as_messages(export_dir, tmp_path, capsys):
+    output = str(tmp_path / "out.parquet")
+    arguments = flag_list(export_dir, "--input", "no/where", "--output", output)
+    with pytest.raises(SystemExit) as end:
+        command_line.run(lambda: retrieve.main(arguments))
+    assert end.value.code == 2
+    assert "error: --input='no/where': no such file" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--cutoffs=1,x: must be whole numbers"):
+        hitrate.main(flag_list(export_dir, "--ground_truth", "x", "--cutoffs", "1,x"))
+
+
 def test_a_failing_refresh_changes_nothing(changed, tmp_path):
     folder, path = changed
     pq.write_table(pa.table({"video_id": [1, 2, 1]}), tmp_path / "twice.parquet")
-    export = artifact.load(folder)
+    opened = artifact.load(folder)
     with pytest.raises(ValueError, match="twice.parquet column video_id: id 1 is on two rows"):
-        item_refresh.refresh_items(export, item_input_path=str(tmp_path / "twice.parquet"))
+        item_refresh.refresh_items(opened, item_input_path=str(tmp_path / "twice.parquet"))
     with pytest.raises(FileNotFoundError, match="no such file"):
-        item_refresh.refresh_items(export, item_input_path="no/where.parquet")
+        item_refresh.refresh_items(opened, item_input_path="no/where.parquet")
     assert len(artifact.load(folder).item_ids()) == 1_000
 
 
 def test_the_http_endpoint_answers(rows, export_dir):
-    export = artifact.load(export_dir)
-    server = http_endpoint.make_server(export)
+    opened = artifact.load(export_dir)
+    server = http_endpoint.make_server(opened)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
     try:
         with urllib.request.urlopen(url) as answer:
             described = json.load(answer)
-        assert described["model_version"] == export.manifest.model_version
+        assert described["model_version"] == opened.manifest.model_version
         table = pq.read_table(f"{rows}/test").slice(0, 2).select(list(described["user_inputs"]))
         request = {"columns": table.to_pydict(), "k": 5, "exclude_seen": True}
 
