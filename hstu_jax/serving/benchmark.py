@@ -138,7 +138,7 @@ class Times:
         """For the screen."""
         p50, p99 = np.percentile(self.further, [50, 99]) * 1e3
         calls = f"{len(self.further)} calls"
-        return f"p50 {p50:.2f} ms, p99 {p99:.2f} ms ({calls}), first {self.first:.2f} s"
+        return f"p50 {p50:.2f} ms, p99 {p99:.2f} ms ({calls}), first {self.first * 1e3:,.0f} ms"
 
 
 def _times(call: Callable[[], Any], repeats: int) -> Times:

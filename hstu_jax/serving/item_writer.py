@@ -3,6 +3,7 @@
 One of the loader's files (see `manifest.py`): new items are embedded without the training code.
 """
 
+import ctypes
 import dataclasses
 import glob
 import json
@@ -107,11 +108,28 @@ def sync_tree(folder: pathlib.Path) -> None:
 
 
 def _put_in_place(new: pathlib.Path, target: pathlib.Path) -> None:
-    old = target.with_name(f".old-{target.name}-{os.getpid()}")
-    if target.exists():
+    """Gives `new` the name `target`; what was there ends as `new`, or is removed."""
+    if not target.exists():
+        new.rename(target)
+    elif not exchange(new, target):
+        old = target.with_name(f".old-{target.name}-{os.getpid()}")
         target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Exchanges the names of two folders in one step, so that there is always one of either.
+
+    Returns:
+        Whether the system can: Linux, on the usual file systems. If not, nothing is changed.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    at_cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), swap) == 0
 
 
 def _write(artifact, item_rows, folder: pathlib.Path, on_cold: str) -> Written:

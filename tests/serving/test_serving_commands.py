@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -230,6 +231,27 @@ def test_a_failing_refresh_changes_nothing(changed, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         item_refresh.refresh_items(opened, item_input_path="no/where.parquet")
     assert len(artifact.load(folder).item_ids()) == 1_000
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_there_are_items_at_every_moment_of_a_refresh(changed, monkeypatch, can_exchange):
+    """A kill after the items' names changed finds the new ones; before, the old ones."""
+    folder, path = changed
+    opened, there = artifact.load(folder), []
+    exchange = item_writer.exchange
+
+    def watched(one, other):
+        there.append(len(artifact.load(folder, verify=False).item_ids()))
+        done = exchange(one, other) if can_exchange else False
+        there.append(len(artifact.load(folder, verify=False).item_ids()))
+        return done
+
+    monkeypatch.setattr(item_writer, "exchange", watched)
+    item_refresh.refresh_items(opened, item_input_path=str(path))
+    is_linux = sys.platform == "linux" and can_exchange
+    assert there == [1_000, 953 if is_linux else 1_000]
+    assert len(artifact.load(folder).item_ids()) == 953
+    assert not [name for name in folder.iterdir() if name.name.startswith(".")]
 
 
 def test_the_http_endpoint_answers(rows, export_dir):
