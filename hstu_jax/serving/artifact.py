@@ -15,7 +15,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.export
@@ -41,7 +41,7 @@ def load(
     folder: str | os.PathLike[str],
     *,
     verify: bool = True,
-    on_unknown: Literal["count", "refuse"] = "count",
+    on_unknown: str = "count",
 ) -> "Artifact":
     """Opens an exported folder.
 
@@ -49,9 +49,9 @@ def load(
         folder: that `python -m hstu_jax.export` wrote.
         verify: read every part once and compare its hash. False compares sizes only, which does not
             see parts of another export of equal size.
-        on_unknown: what to do with item ids of a history without a training event: count them and
-            go on (an id without a row is a zero vector, another one has its first, random values),
-            or raise.
+        on_unknown: what to do with item ids of a history without a training event: "count" them
+            and go on (an id without a row is a zero vector, another one has its first, random
+            values), or "refuse".
 
     Raises:
         FileNotFoundError: no finished export there.

@@ -5,6 +5,7 @@ gathered before, and plain arrays; it builds the token layout from the rows' len
 user. Next on the path: `exporter.py`.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from hstu_jax.config import schema
 from hstu_jax.features import batch as batch_lib
 from hstu_jax.features import sequence_rules
 from hstu_jax.model import match
+from pallas_kernels import dispatch
 from pallas_kernels.hstu_attention import layout as attention_layout
 from pallas_kernels.hstu_attention import mask as attention_mask
 
@@ -85,9 +87,40 @@ def export(
     limit = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
-        return exporter(_shapes(variables), inputs)
+        with _device_of(platform):
+            return exporter(_shapes(variables), inputs)
     finally:
         jax.config.update("jax_traceback_in_locations_limit", limit)
+
+
+def attention_for(config: schema.Config, platform: str, variables: Any, *, length: int) -> str:
+    """The attention that programs of a platform are lowered with.
+
+    On cuda the Pallas kernel where it can do this model, else, and on the CPU, the XLA form.
+    """
+    if platform != "cuda":
+        return "xla"
+    functions = TowerFunctions(config, "pallas_triton")
+    shapes = user_shapes(config, batch=1, length=length)
+    try:
+        with _device_of(platform):
+            jax.eval_shape(functions.user, _shapes(variables), shapes)
+    except dispatch.UnsupportedByKernel:
+        return "xla"
+    return functions.attention
+
+
+def _device_of(platform: str) -> contextlib.AbstractContextManager[Any]:
+    """Names a device that is not here; kernels choose their tiles by it."""
+    if platform != "cuda":
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(_GPU, None, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+# The oldest device that the kernel is for: what fits it fits the newer ones.
+_GPU = "NVIDIA A100-SXM4-80GB"
 
 
 # What a Pallas kernel for GPUs becomes; JAX has no promise for it, and programs are a cache.

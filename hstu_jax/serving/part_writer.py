@@ -12,6 +12,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -34,8 +35,8 @@ def write_tables(model: trained.Trained, folder: pathlib.Path) -> dict[str, mani
         with (folder / file).open("wb") as target:
             np.lib.format.write_array_header_1_0(target, header)
             for start in range(0, spec.num_rows, block):
-                ids = np.arange(start, min(start + block, spec.num_rows), dtype=np.int32)
-                rows = np.asarray(table_spec.rows_of(spec, jax.numpy.asarray(ids), ids >= 0))
+                ids = jnp.arange(start, min(start + block, spec.num_rows), dtype=jnp.int32)
+                rows = np.asarray(table_spec.rows_of(spec, ids, jnp.ones(ids.shape, bool)))
                 target.write(weights[rows].tobytes())
         tables[spec.name] = manifest_lib.Table(file=file, num_rows=spec.num_rows, dim=spec.dim)
     return tables
@@ -109,7 +110,6 @@ def write_programs(
     """A program for every tower, platform and size; the item program takes any number of rows."""
     config, programs = model.config, []
     has_attention = config.model.user_tower.encoder == "hstu"
-    functions = lowering.TowerFunctions(config, "xla")
     user, item = (tower_variables(model.variables, tower) for tower in ("user", "item"))
 
     def save(exported: jax.export.Exported, **described: Any) -> None:
@@ -120,6 +120,8 @@ def write_programs(
     for platform in platforms:
         place = f"programs/{platform}"
         (folder / place).mkdir(parents=True)
+        attention = lowering.attention_for(config, platform, user, length=sizes[-1].length)
+        functions = lowering.TowerFunctions(config, attention)
         for length, batch in ((size.length, n) for size in sizes for n in size.batches):
             # Static, since the segments of the layout are searched by binary search, whose number
             # of steps JAX takes from the batch.
@@ -130,7 +132,7 @@ def write_programs(
                 platform=platform,
                 length=length,
                 batch=batch,
-                attention=functions.attention if has_attention else "",
+                attention=attention if has_attention else "",
                 file=f"{place}/user_{length:05d}_{batch:04d}.bin",
             )
         (rows,) = jax.export.symbolic_shape("b")

@@ -1,6 +1,5 @@
-"""From a trained run to lists, vectors, figures, new items and an endpoint, over a real export."""
+"""Lists, vectors, figures, new items and an endpoint over a real export."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -8,7 +7,6 @@ import threading
 import urllib.error
 import urllib.request
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,66 +15,29 @@ from absl import flags
 from absl.testing import flagsaver
 
 from examples import http_endpoint
-from hstu_jax import export, hitrate, predict, prepare, retrieve
-from hstu_jax.config import resolve
+from hstu_jax import export, hitrate, predict, retrieve
 from hstu_jax.serving import (
     artifact,
     benchmark,
-    catalogue,
     command_line,
-    exporter,
     item_index,
     item_refresh,
     item_writer,
-    trained,
 )
 from hstu_jax.training import evaluation
-from hstu_jax.training import run as run_lib
-from tests.training.small_config import small_config, with_two_tables
 
 HISTORY = "uih_seq__video_id"
 
 
 @pytest.fixture(scope="module")
-def run(small_store, tmp_path_factory):
-    config = with_two_tables(small_config(small_store, tmp_path_factory.mktemp("run")))
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, source="event_store", num_groups=2)
-    )
-    return run_lib.build_run(config, small_store, devices=jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
-def state(run):
-    """As it starts: what is exported needs no training to be compared."""
-    return run_lib.init_state(run)
-
-
-@pytest.fixture(scope="module")
-def rows(small_store, tmp_path_factory):
+def rows(exported):
     """The store as list columns: `test/*.parquet` and `items.parquet`."""
-    folder = tmp_path_factory.mktemp("lists") / "lists"
-    prepare.main(["list_columns", "--from", str(small_store.path), "--out_dir", str(folder)])
-    return folder
+    return exported.lists
 
 
 @pytest.fixture(scope="module")
-def export_dir(run, state, rows, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported") / "export"
-    model = trained.from_state(run.config, state, recorded=resolve.to_text(run.config))
-    seen = catalogue.training_items_of_files(f"{rows}/items.parquet", id_column="video_id")
-    options = exporter.ExportOptions(
-        batch_sizes=(64,), item_batch_sizes=(1024,), platforms=("cpu",)
-    )
-    exporter.export(
-        model,
-        str(folder),
-        training_items=seen,
-        item_rows=item_writer.read_rows(f"{rows}/items.parquet"),
-        options=options,
-        echo=lambda line: None,
-    )
-    return folder
+def export_dir(exported):
+    return exported.folder
 
 
 def flag_list(export_dir, *more):
@@ -84,15 +45,16 @@ def flag_list(export_dir, *more):
 
 
 def test_hitrate_equals_evaluation_of_the_same_windows(
-    run, state, rows, export_dir, tmp_path, capsys
+    exported, rows, export_dir, tmp_path, capsys
 ):
     output, picture = tmp_path / "figures.json", tmp_path / "figures.svg"
     hitrate.main(
         flag_list(export_dir, "--ground_truth", f"{rows}/test/*.parquet", "--batch_rows", 50,
               "--output", output, "--picture", picture)
     )  # fmt: skip
+    run = exported.run
     eval_set = evaluation.make_eval_set(run.store, split="test", exclude_seen=True)
-    expected = evaluation.evaluate(run, state, eval_set)
+    expected = evaluation.evaluate(run, exported.state, eval_set)
     found = json.loads(output.read_text())
     assert found["figures"]["exact"] == {
         name: pytest.approx(value, abs=1e-9) for name, value in expected.metrics.means().items()
