@@ -62,7 +62,8 @@ class IndexOptions:
     Attributes:
         kind: one of `KINDS`.
         nlist: ivf: lists; 0 = 4 sqrt(N), with 40 items a list at least.
-        nprobe: ivf: lists that a search goes through; 0 = a sixteenth of them, 32 at least.
+        nprobe: ivf: lists that a search goes through; 0 = a sixteenth of them, a quarter where
+            lengths differ, 32 at least.
         hnsw_m: hnsw: links of an item.
         ef_construction: hnsw: width of the search that finds an item's links.
         ef_search: hnsw: width of a user's search; 0 = 256, and 1024 where lengths differ.
@@ -92,7 +93,7 @@ class IndexOptions:
         return dataclasses.replace(
             self,
             nlist=nlist,
-            nprobe=min(self.nprobe or max(32, nlist // 16), nlist),
+            nprobe=min(self.nprobe or max(32, nlist // (16 if same_length else 4)), nlist),
             ef_search=self.ef_search or (256 if same_length else 1024),
         )
 
