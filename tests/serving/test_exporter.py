@@ -18,6 +18,7 @@ from hstu_jax.serving import (
     live_check,
     part_writer,
     row_table,
+    trained,
 )
 from hstu_jax.serving import manifest as manifest_lib
 from tests.serving.conftest import OPTIONS
@@ -201,6 +202,34 @@ def test_each_table_is_there_once_in_the_order_of_ids(exported):
     rows = np.load(exported.folder / tables["video_id_emb"].file)
     live = np.asarray(exported.model.weights["video_id_emb"])
     np.testing.assert_array_equal(rows, live[:1024])  # few rows: id = row
+
+
+def test_averaged_parameters_are_exported_where_evaluation_takes_them(exported):
+    model, state = exported.model, exported.state
+    assert not exported.report.manifest.uses_average
+    average = jax.tree.map(lambda leaf: leaf + 1, state.params)
+    state = dataclasses.replace(state, ema=average)
+    averaged = trained.from_state(model.config, state, recorded="")
+    assert averaged.uses_average and averaged.variables["params"] is average
+    evaluation = dataclasses.replace(model.config.eval, use_dense_ema=False)
+    config = object.__new__(type(model.config))
+    for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, getattr(model.config, field.name))
+    object.__setattr__(config, "eval", evaluation)
+    last = trained.from_state(config, state, recorded="")
+    assert not last.uses_average and last.variables["params"] is state.params
+
+
+def test_checkpoints_are_found_or_named(exported, tmp_path):
+    workdir = exported.run.workdir
+    read = trained.read_checkpoint(workdir)
+    assert read.step == 0 and read.config == exported.model.config
+    for name, weights in exported.model.weights.items():
+        np.testing.assert_array_equal(read.weights[name], weights)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3; there are \[0\]"):
+        trained.read_checkpoint(workdir, step_number=3)
+    with pytest.raises(FileNotFoundError, match="best: no such folder; train first with .*keep_b"):
+        trained.read_checkpoint(workdir, step_number="best")
 
 
 def test_a_model_whose_items_have_no_id_is_refused(exported):
