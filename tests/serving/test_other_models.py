@@ -63,7 +63,7 @@ def list_config(folder):
         stu=dataclasses.replace(
             tower.hstu.stu, embedding_dim=16, num_heads=2, hidden_dim=8, attention_dim=8
         ),
-        attn_num_layers=3,
+        attn_num_layers=2,
         attn_truncation_split_layer=1,
         attn_truncation_tail_len=9,
         output_postprocessor="timestamp_layernorm",
