@@ -149,4 +149,5 @@ def _numbers(flag: flags.FlagHolder) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    cli.run_without_config(main)
+    # Programs for a GPU are lowered anywhere; compared on the CPU, numbers are equal to 1e-6.
+    cli.run_without_config(main, uses_devices=False)

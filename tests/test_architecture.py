@@ -99,6 +99,24 @@ def test_violations_are_seen():
         list(imports("from . import x", "hstu_jax.model"))
 
 
+# What an exported folder is loaded with; its other packages are in tests/serving.
+LOADER = ("hstu_jax.serving.artifact", "hstu_jax.serving.item_writer")
+
+
+def test_the_loader_imports_nothing_of_ours_but_serving():
+    names = {module_name(path): path for path in python_files()}
+    found, waiting = set(), list(LOADER)
+    while waiting:
+        module = waiting.pop()
+        found.add(module)
+        for name in imports(names[module].read_text(), module):
+            target = name if name in names else name.rpartition(".")[0]
+            assert package_of(target) == "hstu_jax.serving", f"{module} imports {name}"
+            if target not in found:
+                waiting.append(target)
+    assert "hstu_jax.serving.manifest" in found and "hstu_jax.serving.exporter" not in found
+
+
 def test_no_import_cycles():
     graph = {}
     names = {module_name(p) for p in python_files()}

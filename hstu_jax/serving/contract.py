@@ -67,6 +67,11 @@ def make_contract(
     Raises:
         ValueError: a feature that an export cannot serve.
     """
+    if config.data.ablation != "none":
+        raise ValueError(
+            f"data.ablation={config.data.ablation!r}: cannot be exported, since the model knows "
+            "only batches with an input taken away, and rows to serve have it; train with 'none'."
+        )
     groups, translated = config.feature_groups, translated or {}
     layout = list_layout.layout_of(config)
     item_column = _STORE_ITEM if is_store(config) else layout.item_column

@@ -65,6 +65,11 @@ class ExportOptions:
         unknown = [name for name in self.platforms if name not in PLATFORMS]
         if unknown or not self.platforms:
             raise ValueError(f"platforms={self.platforms}: must be some of {PLATFORMS}.")
+        if "cpu" not in self.platforms:
+            raise ValueError(
+                f"platforms={self.platforms}: must include 'cpu', on which an export is compared "
+                "with the live model."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -43,11 +43,8 @@ def test_a_checkpoint_is_exported_without_its_configuration(exported, live, tmp_
     assert (tmp_path / "export" / "items" / "items.parquet").stat().st_size > 0
 
 
-def test_what_is_missing_is_said(exported, tmp_path):
+def test_items_must_be_given(exported, tmp_path):
     where = [f"--workdir={exported.run.workdir}", f"--export_dir={tmp_path / 'export'}"]
-    items = f"--item_input_path={exported.lists}/items.parquet"
     done = export(*where)
     assert done.returncode == 2
     assert "error: --item_input_path=None: says which items to embed; give parquet" in done.stderr
-    done = export(*where, items, "--checkpoint_step=7")
-    assert done.returncode == 2 and "no checkpoint of step 7; there are [0]" in done.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -18,6 +19,7 @@ from hstu_jax.serving import (
     live_check,
     part_writer,
     row_table,
+    trained,
 )
 from hstu_jax.serving import manifest as manifest_lib
 from tests.serving.conftest import OPTIONS
@@ -51,18 +53,20 @@ def files(folder):
 
 
 def test_two_exports_are_equal_but_for_the_time(exported, tmp_path, monkeypatch):
-    first = export(exported, tmp_path / "one")
+    """From another working directory, into a folder of another name."""
     monkeypatch.chdir(tmp_path)
-    second = export(exported, tmp_path / "elsewhere" / "two")
-    one, two = files(first.folder), files(second.folder)
+    _stand_in(monkeypatch, live_check, "compare")
+    second = export(exported, tmp_path / "elsewhere" / "two", options=OPTIONS)
+    one, two = files(exported.folder), files(second.folder)
     manifests = [json.loads(each.pop("manifest.json")) for each in (one, two)]
     assert one == two
     for each in manifests:
         assert each.pop("created")
     assert manifests[0] == manifests[1]
-    assert first.manifest.model_version == exported.report.manifest.model_version
+    assert second.manifest.model_version == exported.report.manifest.model_version
     # Nothing of this machine is in them.
-    assert not [name for name, content in one.items() if str(tmp_path).encode() in content]
+    paths = [str(tmp_path).encode(), str(pathlib.Path(exporter.__file__).parents[2]).encode()]
+    assert not [name for name, content in two.items() if any(path in content for path in paths)]
 
 
 STAGES = [
@@ -151,6 +155,7 @@ def test_an_export_that_differs_is_refused(exported, tmp_path, monkeypatch):
         ({"batch_sizes": ()}, "batch_sizes=.*: must be positive and ascending"),
         ({"item_batch_sizes": (0, 4)}, "item_batch_sizes=.*: must be positive and ascending"),
         ({"platforms": ("cpu", "tpu")}, "platforms=.*: must be some of"),
+        ({"platforms": ("cuda",)}, "platforms=.*: must include 'cpu', on which an export is comp"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -203,16 +208,54 @@ def test_each_table_is_there_once_in_the_order_of_ids(exported):
     np.testing.assert_array_equal(rows, live[:1024])  # few rows: id = row
 
 
+def test_averaged_parameters_are_exported_where_evaluation_takes_them(exported):
+    model, state = exported.model, exported.state
+    assert not exported.report.manifest.uses_average
+    average = jax.tree.map(lambda leaf: leaf + 1, state.params)
+    state = dataclasses.replace(state, ema=average)
+    averaged = trained.from_state(model.config, state, recorded="")
+    assert averaged.uses_average and averaged.variables["params"] is average
+    evaluation = dataclasses.replace(model.config.eval, use_dense_ema=False)
+    config = unchecked(model.config, eval=evaluation)
+    last = trained.from_state(config, state, recorded="")
+    assert not last.uses_average and last.variables["params"] is state.params
+
+
+def test_checkpoints_are_found_or_named(exported, tmp_path):
+    workdir = exported.run.workdir
+    read = trained.read_checkpoint(workdir)
+    assert read.step == 0 and read.config == exported.model.config
+    for name, weights in exported.model.weights.items():
+        np.testing.assert_array_equal(read.weights[name], weights)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3; there are \[0\]"):
+        trained.read_checkpoint(workdir, step_number=3)
+    with pytest.raises(FileNotFoundError, match="best: no such folder; train first with .*keep_b"):
+        trained.read_checkpoint(workdir, step_number="best")
+
+
 def test_a_model_whose_items_have_no_id_is_refused(exported):
     config = exported.model.config
     names = ("user_active_degree",)
     groups = {**config.feature_groups, "candidate": names, "uih": names}
-    wrong = object.__new__(type(config))
-    for field in dataclasses.fields(config):
-        object.__setattr__(wrong, field.name, getattr(config, field.name))
-    object.__setattr__(wrong, "feature_groups", groups)
+    wrong = unchecked(config, feature_groups=groups)
     with pytest.raises(ValueError, match="no feature reads the item id 'video_id'"):
         contract.make_contract(wrong)
+
+
+def unchecked(config, **changes):
+    """A configuration with other fields whose relations are not checked."""
+    changed = object.__new__(type(config))
+    for field in dataclasses.fields(config):
+        value = changes.get(field.name, getattr(config, field.name))
+        object.__setattr__(changed, field.name, value)
+    return changed
+
+
+def test_an_ablation_is_not_exported(exported):
+    config = exported.model.config
+    data = dataclasses.replace(config.data, ablation="no_actions")
+    with pytest.raises(ValueError, match="data.ablation='no_actions': cannot be exported"):
+        contract.make_contract(dataclasses.replace(config, data=data))
 
 
 def test_a_part_from_another_export_is_refused(exported, tmp_path):

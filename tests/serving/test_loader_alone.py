@@ -125,7 +125,7 @@ def test_a_fresh_process_with_nothing_else(exported, live, tmp_path):
     arguments += [str(rows), str(items), str(out)]
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", _PROGRAM, json.dumps(arguments)],
-        env={"JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"]},
+        env={name: os.environ[name] for name in ("JAX_PLATFORMS", "PATH", "XLA_FLAGS")},
         capture_output=True,
         text=True,
         check=False,

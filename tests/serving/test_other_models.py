@@ -63,7 +63,7 @@ def list_config(folder):
         stu=dataclasses.replace(
             tower.hstu.stu, embedding_dim=16, num_heads=2, hidden_dim=8, attention_dim=8
         ),
-        attn_num_layers=3,
+        attn_num_layers=2,
         attn_truncation_split_layer=1,
         attn_truncation_tail_len=9,
         output_postprocessor="timestamp_layernorm",
@@ -74,7 +74,7 @@ def list_config(folder):
     model = dataclasses.replace(
         base.model,
         item_tower=dataclasses.replace(
-            item_tower, mlp=dataclasses.replace(item_tower.mlp, hidden_units=(16,))
+            item_tower, mlp=dataclasses.replace(item_tower.mlp, hidden_units=(16,), use_bn=True)
         ),
         user_tower=dataclasses.replace(tower, hstu=hstu, max_seq_len=20),
         initialization="reference",
@@ -144,7 +144,10 @@ def test_every_kind_of_feature_of_list_columns(of_lists):
     )
     assert batch.tail is not None
     np.testing.assert_array_equal(opened.item_ids(), [f"v{i}" for i in range(5, 12)])
-    assert opened.item_is_cold().sum() == 3  # 10, 11 and none of 5 to 9
+    assert opened.item_is_cold().tolist() == [False] * 5 + [True] * 2  # nobody had v10 and v11
+    # Statistics of batch norm are the item tower's, beside its parameters.
+    names = {array.name for array in opened.manifest.parameters if array.tower == "item"}
+    assert any(name.startswith("batch_stats/item_tower/") for name in names)
 
 
 def test_pooled_missing_and_unknown_values_are_counted(of_lists):
@@ -181,7 +184,11 @@ def of_original_ids(small_store, tmp_path_factory):
         feature_groups={
             **config.feature_groups, "uih": ("uih_seq__video_id", "uih_seq__author"),
         },
-        model=dataclasses.replace(config.model, initialization="reference"),
+        model=dataclasses.replace(
+            config.model,
+            initialization="reference",
+            item_tower=dataclasses.replace(config.model.item_tower, mlp=None),
+        ),
     )  # fmt: skip
     run, model = model_of(config, store)
     report = exporter.export(
@@ -226,6 +233,8 @@ def test_original_ids_and_features_of_items(of_original_ids):
     )
     np.testing.assert_allclose(opened.item_vectors(), items, rtol=0, atol=1e-6)
     assert not [each.name for each in opened.manifest.user_inputs if "author" in each.name]
+    # An item is its row of the table here: there are no parameters.
+    assert not (report.folder / "item_tower").exists()
 
 
 def test_original_ids_are_of_event_stores(of_lists):
