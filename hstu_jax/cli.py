@@ -63,6 +63,28 @@ def run_main(
         app.run(absl_main)
 
 
+def run_without_config(main: Callable[[], None], *, uses_devices: bool = True) -> None:
+    """Parses the flags, sets JAX up, and calls `main`, which reads its configuration elsewhere.
+
+    Errors end the program as in `run_main`.
+
+    Args:
+        main: the program.
+        uses_devices: as for `run_main`.
+    """
+
+    def absl_main(argv: list[str]) -> None:
+        if argv[1:]:
+            raise app.UsageError(f"arguments {argv[1:]}: expected flags alone.")
+        set_up_jax(warns=uses_devices)
+        if not uses_devices:
+            _stay_on_the_cpu()
+        main()
+
+    with _errors_as_messages():
+        app.run(absl_main)
+
+
 @contextlib.contextmanager
 def _errors_as_messages():
     """Ends the program with the message of an error that is the user's to mend."""
@@ -71,6 +93,7 @@ def _errors_as_messages():
     except (
         ArithmeticError,
         AttributeError,
+        ImportError,  # a package that only this command needs
         KeyError,  # ml_collections: a misspelt section on the command line
         OSError,
         TypeError,
@@ -99,7 +122,7 @@ def error_text(error: Exception) -> str:
     return f"{name}: {rule}; {advice}."
 
 
-def set_up_jax() -> None:
+def set_up_jax(*, warns: bool = True) -> None:
     """Points JAX at the cache of compiled programs and warns of an accelerator left unused."""
     import jax
 
@@ -108,7 +131,7 @@ def set_up_jax() -> None:
         folder = os.path.expanduser(COMPILATION_CACHE.value)
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    warning = unused_accelerator_warning()
+    warning = unused_accelerator_warning() if warns else ""
     if warning:
         print(warning, file=sys.stderr)
 

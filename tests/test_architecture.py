@@ -19,7 +19,8 @@ FLOORS = {
     "hstu_jax.losses": 4,
     "hstu_jax.metrics": 4,
     "hstu_jax.training": 5,
-    "hstu_jax": 6,
+    "hstu_jax.serving": 6,
+    "hstu_jax": 7,
 }
 # What the lower floors may see of each other, besides the rule above.
 ALLOWED = {
@@ -96,6 +97,24 @@ def test_violations_are_seen():
     assert violation("hstu_jax.features.packing", "hstu_jax.data.schema") is None
     with pytest.raises(AssertionError, match="relative import"):
         list(imports("from . import x", "hstu_jax.model"))
+
+
+# What an exported folder is loaded with; its other packages are in tests/serving.
+LOADER = ("hstu_jax.serving.artifact", "hstu_jax.serving.item_writer")
+
+
+def test_the_loader_imports_nothing_of_ours_but_serving():
+    names = {module_name(path): path for path in python_files()}
+    found, waiting = set(), list(LOADER)
+    while waiting:
+        module = waiting.pop()
+        found.add(module)
+        for name in imports(names[module].read_text(), module):
+            target = name if name in names else name.rpartition(".")[0]
+            assert package_of(target) == "hstu_jax.serving", f"{module} imports {name}"
+            if target not in found:
+                waiting.append(target)
+    assert "hstu_jax.serving.manifest" in found and "hstu_jax.serving.exporter" not in found
 
 
 def test_no_import_cycles():

@@ -1,0 +1,246 @@
+"""Item files -> `items/`: the vectors of all items as parquet for others and as arrays for us.
+
+One of the loader's files (see `manifest.py`): new items are embedded without the training code.
+"""
+
+import ctypes
+import dataclasses
+import glob
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hstu_jax.serving import artifact as artifact_lib
+from hstu_jax.serving import item_folder
+from hstu_jax.serving import manifest as manifest_lib
+
+BATCH_ROWS = 8192
+ORIGINAL_ID = "original_id"  # what the raw data calls an item whose id is a dense number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """What `write_items` wrote."""
+
+    num_items: int
+    num_cold: int
+
+
+def read_rows(pattern: str) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Batches of parquet files with the file each is from.
+
+    Args:
+        pattern: paths, with `*`; files are read in the order of their names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a parquet file, or no rows in all of them.
+    """
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise FileNotFoundError(
+            f"item_input_path={pattern!r}: no such file; give parquet files with one item a row."
+        )
+    num_rows = 0
+    for file in files:
+        try:
+            source = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{file}: not a parquet file ({error}).") from None
+        with source:
+            for batch in source.iter_batches(batch_size=BATCH_ROWS):
+                num_rows += batch.num_rows
+                yield file, batch
+    if not num_rows:
+        raise ValueError(f"item_input_path={pattern!r}: no rows in {', '.join(files)}.")
+
+
+def write_items(
+    artifact: artifact_lib.Artifact,
+    item_rows: Iterable[tuple[str, pa.RecordBatch]],
+    folder: str | os.PathLike[str],
+    *,
+    on_cold: Literal["count", "refuse"] = "count",
+) -> Written:
+    """Embeds items and writes `<folder>/items`, in place of those that are there.
+
+    `items.parquet` has `item_id`, `item_tower_emb` (float32 list), `is_cold`, and `original_id`
+    where the rows have it. The folder appears under its name when it is whole.
+
+    Args:
+        artifact: embeds them.
+        item_rows: (where from, rows with the columns of `manifest.item_inputs`).
+        folder: usually `artifact.path`.
+        on_cold: what to do with items that training has not seen: count and mark them, or raise.
+
+    Raises:
+        ValueError, TypeError: an id twice or missing, a missing column or one of another type, no
+            rows at all, or a cold item that is refused; names file and column.
+    """
+    folder = pathlib.Path(folder)
+    temporary = folder / f".{item_folder.FOLDER}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        written = _write(artifact, item_rows, temporary, on_cold)
+        sync_tree(temporary)
+        _put_in_place(temporary, folder / item_folder.FOLDER)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return written
+
+
+def sync_tree(folder: pathlib.Path) -> None:
+    """Waits until a folder's files and names are on disk."""
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put_in_place(new: pathlib.Path, target: pathlib.Path) -> None:
+    """Gives `new` the name `target`; what was there ends as `new`, or is removed."""
+    if not target.exists():
+        new.rename(target)
+    elif not exchange(new, target):
+        old = target.with_name(f".old-{target.name}-{os.getpid()}")
+        target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Exchanges the names of two folders in one step, so that there is always one of either.
+
+    Returns:
+        Whether the system can: Linux, on the usual file systems. If not, nothing is changed.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    at_cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), swap) == 0
+
+
+def _write(artifact, item_rows, folder: pathlib.Path, on_cold: str) -> Written:
+    manifest = artifact.manifest
+    column = manifest.item_id_column
+    ids, is_cold = [], []
+    writer, vectors_file = None, folder / item_folder.VECTORS
+    with vectors_file.open("wb") as vectors:
+        np.lib.format.write_array_header_1_0(vectors, _header(0, manifest.dim))
+        for where, batch in item_rows:
+            if not batch.num_rows:
+                continue
+            some, rows = _embed(artifact, where, batch)
+            ids.append(some["item_id"])
+            is_cold.append(some["is_cold"])
+            if on_cold == "refuse" and some["is_cold"].any():
+                at = int(np.argmax(some["is_cold"]))
+                raise ValueError(
+                    f"{where} column {column}: item {some['item_id'][at]} has no training event "
+                    f"({int(some['is_cold'].sum())} in this batch); leave it out, or count them."
+                )
+            vectors.write(rows.tobytes())
+            writer = writer or pq.ParquetWriter(folder / item_folder.PARQUET, _schema(some))
+            writer.write_table(_table(some, rows, writer.schema))
+        if writer is None:
+            raise ValueError("item rows: there are none; give at least one item.")
+        writer.close()
+        # NumPy leaves room in the header for a first axis that grows.
+        vectors.seek(0)
+        np.lib.format.write_array_header_1_0(vectors, _header(sum(map(len, ids)), manifest.dim))
+    all_ids, cold = np.concatenate(ids), np.concatenate(is_cold)
+    _refuse_twice(all_ids, column)
+    np.save(folder / item_folder.IDS, all_ids, allow_pickle=False)
+    np.save(folder / item_folder.IS_COLD, cold, allow_pickle=False)
+    names = (item_folder.IDS, item_folder.VECTORS, item_folder.IS_COLD, item_folder.PARQUET)
+    record = item_folder.Record(
+        format_version=manifest_lib.FORMAT_VERSION,
+        model_version=manifest.model_version,
+        num_items=len(all_ids),
+        num_cold=int(cold.sum()),
+        parts={name: manifest_lib.describe_part(folder / name) for name in names},
+    )
+    text = json.dumps(dataclasses.asdict(record), indent=1, sort_keys=True)
+    (folder / item_folder.FILE).write_text(text + "\n")
+    return Written(num_items=record.num_items, num_cold=record.num_cold)
+
+
+def _embed(
+    artifact: artifact_lib.Artifact, where: str, batch: pa.RecordBatch
+) -> tuple[dict[str, Any], np.ndarray]:
+    """(columns of the items, vectors) of a batch."""
+    name = artifact.manifest.item_id_column
+    try:
+        vectors = artifact.embed_items(batch)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where} {error}") from None
+    ids = item_ids(batch, name, where=where)
+    _refuse_twice(ids, f"{where} column {name}")
+    columns = {"item_id": ids, "is_cold": ~artifact.has_training_event(ids)}
+    if ORIGINAL_ID in batch.schema.names:
+        columns[ORIGINAL_ID] = batch.column(ORIGINAL_ID)
+    return columns, vectors
+
+
+def item_ids(batch: pa.RecordBatch, name: str, *, where: str) -> np.ndarray:
+    """Item ids of rows: int64, or strings.
+
+    Raises:
+        ValueError: an id is missing.
+        TypeError: neither integers nor strings.
+    """
+    array = batch.column(name)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if array.null_count:
+        at = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
+        raise ValueError(f"{where} column {name}: row {at} is null; every item needs an id.")
+    if pa.types.is_integer(array.type):
+        return array.to_numpy(zero_copy_only=False).astype(np.int64)
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        return np.array(array.to_pylist(), dtype=np.str_)
+    raise TypeError(
+        f"{where} column {name}: type {array.type}: item ids must be integers or strings."
+    )
+
+
+def _refuse_twice(ids: np.ndarray, where: str) -> None:
+    values, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"{where}: id {values[np.argmax(counts > 1)]} is on two rows "
+            f"({int((counts > 1).sum())} such ids); list each item once."
+        )
+
+
+def _schema(columns: dict[str, Any]) -> pa.Schema:
+    id_type = pa.int64() if columns["item_id"].dtype.kind == "i" else pa.string()
+    fields = [
+        ("item_id", id_type), ("item_tower_emb", pa.list_(pa.float32())), ("is_cold", pa.bool_()),
+    ]  # fmt: skip
+    if ORIGINAL_ID in columns:
+        fields.append((ORIGINAL_ID, columns[ORIGINAL_ID].type))
+    return pa.schema(fields)
+
+
+def _table(columns: dict[str, Any], vectors: np.ndarray, schema: pa.Schema) -> pa.Table:
+    offsets = np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1]
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.reshape(-1)))
+    values = {**columns, "item_tower_emb": lists}
+    return pa.table([pa.array(values[field.name]) for field in schema], schema=schema)
+
+
+def _header(num_rows: int, dim: int) -> dict[str, Any]:
+    return {"descr": "<f4", "fortran_order": False, "shape": (num_rows, dim)}

@@ -1,0 +1,92 @@
+"""Item files that break a rule are named with their column; new items replace the old ones."""
+
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hstu_jax.serving import artifact, catalogue, item_writer
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return shutil.copytree(exported.folder, tmp_path / "copy")
+
+
+def write(folder, name="a.parquet", **columns):
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / name)
+    return str(folder / "*.parquet")
+
+
+def test_new_items_replace_those_of_the_export(copy, tmp_path, exported):
+    cold = int(np.flatnonzero(exported.run.store.items.train_count == 0)[0])
+    warm = int(np.flatnonzero(exported.run.store.items.train_count > 0)[0])
+    pattern = write(tmp_path / "new", "b.parquet", video_id=[warm, 1023])
+    write(tmp_path / "new", "a.parquet", video_id=[cold], original_id=[77])
+    opened = artifact.load(copy)
+    with pytest.raises(ValueError, match="a.parquet column video_id: item .* has no training ev"):
+        item_writer.write_items(opened, item_writer.read_rows(pattern), copy, on_cold="refuse")
+    shutil.rmtree(tmp_path / "new")
+    pattern = write(tmp_path / "new", video_id=[cold, warm, 1023], original_id=[77, 78, 79])
+    written = item_writer.write_items(opened, item_writer.read_rows(pattern), copy)
+    assert (written.num_items, written.num_cold) == (3, 2)
+    again = artifact.load(copy)
+    np.testing.assert_array_equal(again.item_ids(), [cold, warm, 1023])
+    np.testing.assert_array_equal(again.item_is_cold(), [True, False, True])
+    table = pq.read_table(copy / "items" / "items.parquet")
+    assert table.column_names == ["item_id", "item_tower_emb", "is_cold", "original_id"]
+    assert table["original_id"].to_pylist() == [77, 78, 79]
+    found = np.stack(table["item_tower_emb"].to_numpy())
+    np.testing.assert_array_equal(found, again.item_vectors())
+    np.testing.assert_array_equal(found, opened.embed_items({"video_id": [cold, warm, 1023]}))
+    assert not [p for p in copy.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"item": [1]}, ValueError, "a.parquet column video_id: missing"),
+        ({"video_id": ["a"]}, TypeError, "a.parquet column video_id: .*item ids are integers"),
+        ({"video_id": [1.5]}, TypeError, "a.parquet column video_id: type double"),
+        ({"video_id": [1, 2, 1]}, ValueError, "a.parquet column video_id: id 1 is on two rows"),
+        ({"video_id": [1, None]}, ValueError, "a.parquet column video_id: row 1 is null"),
+        ({"video_id": pa.array([], pa.int64())}, ValueError, "item_input_path=.*: no rows in"),
+    ],
+)
+def test_wrong_item_files_are_refused(opened, tmp_path, columns, error, message):
+    pattern = write(tmp_path / "items", **columns)
+    with pytest.raises(error, match=message):
+        item_writer.write_items(opened, item_writer.read_rows(pattern), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_id_in_two_files_is_refused(opened, tmp_path):
+    pattern = write(tmp_path / "items", video_id=[1, 2])
+    write(tmp_path / "items", "b.parquet", video_id=[2])
+    with pytest.raises(ValueError, match="video_id: id 2 is on two rows"):
+        item_writer.write_items(opened, item_writer.read_rows(pattern), tmp_path / "out")
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="item_input_path=.*: no such file; give parquet"):
+        list(item_writer.read_rows(str(tmp_path / "*.parquet")))
+    (tmp_path / "a.parquet").write_text("video_id\n1\n")
+    with pytest.raises(ValueError, match="a.parquet: not a parquet file"):
+        list(item_writer.read_rows(str(tmp_path / "*.parquet")))
+
+
+def test_training_counts_of_item_files(tmp_path):
+    pattern = write(tmp_path / "items", video_id=[9, 4, 7], train_count=[2, 0, 5])
+    seen = catalogue.training_items_of_files(pattern, id_column="video_id")
+    np.testing.assert_array_equal(seen.ids, [7, 9])
+    np.testing.assert_array_equal(seen.counts, [5, 2])
+    with pytest.raises(ValueError, match="a.parquet column item: missing; the file has"):
+        catalogue.training_items_of_files(pattern, id_column="item")
+    write(tmp_path / "items", "b.parquet", video_id=[1])
+    assert catalogue.training_items_of_files(pattern, id_column="video_id") is None
+    write(tmp_path / "items", "b.parquet", video_id=[1], train_count=["many"])
+    with pytest.raises(TypeError, match="b.parquet column train_count: not whole numbers"):
+        catalogue.training_items_of_files(pattern, id_column="video_id")
