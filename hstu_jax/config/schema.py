@@ -77,15 +77,27 @@ class MetricsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices of the mesh; -1 = all that are left."""
+    """Devices of the mesh; -1 = all that are left.
+
+    A device has room to send `exchange_slack` times as many ids as it can have (an even share to
+    every other device); ids beyond wait for another round. It changes time and memory, no result.
+    """
 
     host: int = 1
     chip: int = -1
+    exchange_slack: float = 1.25
 
     def __post_init__(self):
         for name in ("host", "chip"):
             value = getattr(self, name)
             require(value == -1 or value > 0, name, value, "must be positive, or -1 for the rest")
+        require(
+            0 < self.exchange_slack < float("inf"),
+            "exchange_slack",
+            self.exchange_slack,
+            "must be a positive number",
+            "1.25 leaves a quarter of room for ids that are not spread evenly",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -43,4 +43,5 @@ OWN: dict[str, str] = {
     "eval.num_bootstrap": "draws of the confidence intervals",
     "mesh.host": "devices of the first mesh axis",
     "mesh.chip": "devices of the second mesh axis",
+    "mesh.exchange_slack": "room for ids on their way between devices, times an even share",
 }

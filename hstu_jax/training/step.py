@@ -24,7 +24,7 @@ from hstu_jax.tables import exchange, lookup, optimizers, update
 from hstu_jax.tables import spec as table_spec
 from hstu_jax.training import gradients as gradients_lib
 from hstu_jax.training import optimizer as optimizer_lib
-from hstu_jax.training import partition, schedules, state
+from hstu_jax.training import partition, schedules, state, step_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,29 +52,6 @@ class Program:
     def spec(self, table: str) -> table_spec.TableSpec:
         """The table of that name."""
         return next(spec for spec in self.specs if spec.name == table)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepMetrics:
-    """Sums of one step over the whole global batch. Fields are `Any`: such trees hold specs too.
-
-    Attributes:
-        loss_sum: sum of the queries' losses; with sample weights their weighted mean times the
-            number of queries, so that a mean over steps counts queries.
-        num_queries: number of queries (positives).
-        num_users: number of users.
-        num_tokens: token slots in use, contextual ones included.
-        recall_hits: [len(recall_at_k)] queries whose positive is among the k best.
-        num_not_finite: values of the gradients that are not finite; 0 in evaluation.
-    """
-
-    loss_sum: Any
-    num_queries: Any
-    num_users: Any
-    num_tokens: Any
-    recall_hits: Any
-    num_not_finite: Any
 
 
 def make_program(config: schema.Config, *, run_length: schedules.RunLength) -> Program:
@@ -123,7 +100,7 @@ def train_step(
     batch: batch_lib.Batch | tuple[batch_lib.Batch, ...],
     *,
     program: Program,
-) -> tuple[state.TrainState, StepMetrics]:
+) -> tuple[state.TrainState, step_metrics.StepMetrics]:
     """One optimizer step on this shard's groups and table rows.
 
     The loss is the sum over all queries of the global batch over their number, whatever the number
@@ -209,7 +186,8 @@ def batch_gradients(
         divisor: what the loss sum of the whole mesh is divided by; the loss is 0 where this is 0.
     """
     sparse = program.config.train.sparse_optimizer
-    unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
+    table_ids = feature_lookup.batch_ids(program.plan, batch)
+    unique, picked, num_waiting = fetch(program, train_state, table_ids)
     dropout_key = jax.random.fold_in(jax.random.key(program.config.seed), number)
 
     def global_loss(params, picked):
@@ -239,7 +217,9 @@ def batch_gradients(
     return gradients_lib.BatchGradients(
         params=param_grads,
         rows={table: (unique[table], row_grads[table]) for table in row_grads},
-        metrics=_metrics(program, scores, batch, num_not_finite=num_not_finite),
+        metrics=_metrics(
+            program, scores, batch, num_not_finite=num_not_finite, num_waiting=num_waiting
+        ),
         batch_stats=batch_stats,
     )
 
@@ -271,6 +251,7 @@ def update_tables(
             unique,
             gradients,
             axis_names=partition.AXES,
+            slack=program.config.mesh.exchange_slack,
             rule=program.table_rule,
             learning_rate=rate,
             iteration=iteration,
@@ -282,17 +263,21 @@ def update_tables(
 
 def eval_step(
     train_state: state.TrainState, batch: batch_lib.Batch, *, program: Program
-) -> tuple[StepMetrics, Float[Array, "G U E"]]:
+) -> tuple[step_metrics.StepMetrics, Float[Array, "G U E"]]:
     """A batch without dropout: sums over the whole mesh, and this shard's user vectors.
 
     User vectors are zeros in unused slots.
     """
-    unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
+    table_ids = feature_lookup.batch_ids(program.plan, batch)
+    unique, picked, num_waiting = fetch(program, train_state, table_ids)
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
     inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
     towers = program.model.apply(train_state.variables(), inputs, batch)
     scores = score(program, towers, batch)
-    return _metrics(program, scores, batch, num_not_finite=jnp.float32(0)), towers.user
+    metrics = _metrics(
+        program, scores, batch, num_not_finite=jnp.float32(0), num_waiting=num_waiting
+    )
+    return metrics, towers.user
 
 
 def item_step(
@@ -309,7 +294,8 @@ def item_step(
         program: static.
     """
     ids, valid = items
-    unique, picked = fetch(program, train_state, feature_lookup.item_ids(program.plan, ids, valid))
+    table_ids = feature_lookup.item_ids(program.plan, ids, valid)
+    unique, picked, _ = fetch(program, train_state, table_ids)
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
     embeddings = feature_lookup.to_item_inputs(program.plan, vectors, ids)
     return program.model.apply(train_state.variables(), embeddings, method="item")
@@ -342,19 +328,26 @@ def fetch(
     program: Program,
     train_state: state.TrainState,
     table_ids: Mapping[str, feature_lookup.TableIds],
-) -> tuple[dict[str, lookup.UniqueRows], dict[str, Float[Array, "capacity dim"]]]:
-    """Unique rows of every table's ids, and their values, wherever they live."""
-    unique, picked = {}, {}
+) -> tuple[dict[str, lookup.UniqueRows], dict[str, Float[Array, "capacity dim"]], Int[Array, ""]]:
+    """Unique rows of every table's ids, their values, and how many ids waited for a second round.
+
+    The values may live anywhere on the mesh; the count is this device's.
+    """
+    unique, picked, num_waiting = {}, {}, jnp.int32(0)
     for table, occurrences in table_ids.items():
         spec = program.spec(table)
         rows = table_spec.rows_of(spec, occurrences.ids, occurrences.valid)
         unique[table] = lookup.unique_rows(
             rows, capacity=min(rows.shape[0], spec.padded_rows), sentinel=spec.padded_rows
         )
-        picked[table] = exchange.fetch(
-            train_state.tables[table].weights, unique[table], axis_names=partition.AXES
+        picked[table], waiting = exchange.fetch(
+            train_state.tables[table].weights,
+            unique[table],
+            axis_names=partition.AXES,
+            slack=program.config.mesh.exchange_slack,
         )
-    return unique, picked
+        num_waiting += waiting
+    return unique, picked, num_waiting
 
 
 def _query_weight(program, batch) -> Float[Array, "G Q"] | None:
@@ -372,7 +365,7 @@ def _total_weight(program, batch) -> Float[Array, ""]:
     return jax.lax.psum(jnp.sum(jnp.where(batch.query_mask, weight, 0)), partition.AXES)
 
 
-def _metrics(program, scores, batch, *, num_not_finite) -> StepMetrics:
+def _metrics(program, scores, batch, *, num_not_finite, num_waiting) -> step_metrics.StepMetrics:
     """Sums over the whole mesh."""
     hits, num_queries = ranking.sampled_hits(
         positive_scores=scores.positive_scores,
@@ -383,13 +376,14 @@ def _metrics(program, scores, batch, *, num_not_finite) -> StepMetrics:
         query_mask=batch.query_mask,
         cutoffs=program.config.metrics.recall_at_k,
     )
-    sums = StepMetrics(
+    sums = step_metrics.StepMetrics(
         loss_sum=scores.loss_sum,
         num_queries=num_queries,
         num_users=jnp.sum(batch.user_mask, dtype=jnp.float32),
         num_tokens=jnp.sum(batch.segment_lengths).astype(jnp.float32),
         recall_hits=hits,
         num_not_finite=num_not_finite,
+        exchange_overflow=num_waiting.astype(jnp.float32),
     )
     sums = jax.lax.psum(sums, partition.AXES)
     if not program.config.data.sample_weight_fields:

@@ -136,7 +136,8 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
         return jax.jit(mapped, **kwargs)
 
     def look_up(state, batch):
-        unique, picked = step.fetch(program, state, feature_lookup.batch_ids(program.plan, batch))
+        table_ids = feature_lookup.batch_ids(program.plan, batch)
+        unique, picked, _ = step.fetch(program, state, table_ids)
         return unique, picked, {t: lookup.expand(rows, unique[t]) for t, rows in picked.items()}
 
     # Scalars cannot be split over devices: the number of rows travels as one per device.
@@ -166,6 +167,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
                 unique[t],
                 g,
                 axis_names=partition.AXES,
+                slack=run.config.mesh.exchange_slack,
                 rule=program.table_rule,
                 learning_rate=1e-3,
             )

@@ -84,6 +84,11 @@ def test_unknown_field_of_a_feature_names_the_nearest():
         ("eval.every_num_steps", -5, r"every_num_steps=-5: must not be negative"),
         ("eval.num_bootstrap", 0, r"num_bootstrap=0: must be positive"),
         ("mesh.chip", 0, r"mesh\.chip=0: must be positive, or -1"),
+        (
+            "mesh.exchange_slack",
+            0.0,
+            r"mesh\.exchange_slack=0\.0: must be a positive number; 1\.25",
+        ),
         ("model.output_dim", 8, r"initialization='aligned': needs linear towers"),
     ],
 )

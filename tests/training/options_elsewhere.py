@@ -255,11 +255,12 @@ SHOWN_ELSEWHERE = (
         ),
     ),
     (
-        "training/test_step.py",
-        "test_two_devices_train_like_one",
+        "training/test_many_devices.py",
+        "test_two_and_four_devices_train_like_one",
         (
             "mesh.host",
             "mesh.chip",
+            "mesh.exchange_slack",
         ),
     ),
 )

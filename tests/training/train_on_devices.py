@@ -1,0 +1,99 @@
+"""Trains one small run on several meshes of simulated devices and prints how far they end apart.
+
+    python -m tests.training.train_on_devices STORE WORKDIR sgd:2x2:0.05 sgd:1x4:1.25
+
+For every task, optimizer : mesh : `mesh.exchange_slack`, a line of JSON: differences from one
+device. The number of CPU devices is fixed when JAX starts, so tests run this as its own process.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+
+from hstu_jax.config import schema
+from hstu_jax.data import event_store
+from hstu_jax.training import run as run_lib
+from tests.training.small_config import small_config, with_two_tables
+
+NUM_STEPS = 20
+RATES = {"sgd": 0.01, "adam": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """Losses of the steps, parameters and tables after the last, and ids that waited in all."""
+
+    losses: np.ndarray
+    params: list[np.ndarray]
+    tables: list[np.ndarray]
+    waited: float
+
+
+def train(config, store, *, mesh: str) -> End:
+    """Trains on a mesh like "2x4"."""
+    host, chip = (int(size) for size in mesh.split("x"))
+    config = dataclasses.replace(
+        config, mesh=dataclasses.replace(config.mesh, host=host, chip=chip)
+    )
+    run = run_lib.build_run(config, store, devices=jax.devices()[: host * chip])
+    state, losses, waited = run_lib.init_state(run), [], 0.0
+    for number in range(NUM_STEPS):
+        state, metrics = run.train_step(state, run.put(run.pipeline.batch_at(number).batch))
+        losses.append(float(metrics.loss_sum) / float(metrics.num_queries))
+        waited += float(metrics.exchange_overflow)
+    params, tables = (
+        jax.device_get(jax.tree.leaves(part)) for part in (state.params, state.tables)
+    )
+    return End(np.array(losses), params, tables, waited)
+
+
+def largest_difference(one, two) -> float:
+    """The largest absolute difference of two lists of arrays."""
+    return max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True))
+
+
+def config_of(kind: str, store, workdir: str) -> schema.Config:
+    """A run of one layer and two tables, as many groups as devices, one optimizer for all."""
+    return with_two_tables(
+        small_config(
+            store,
+            workdir,
+            data__num_groups=jax.device_count(),
+            model__user_tower__hstu__attn_num_layers=1,
+            train__dense_optimizer__kind=kind,
+            train__dense_optimizer__lr=RATES[kind],
+            train__dense_optimizer__beta2=0.999,
+            train__sparse_optimizer__kind=kind,
+            train__sparse_optimizer__lr=RATES[kind],
+        )
+    )
+
+
+def main(store_path: str, workdir: str, *tasks: str) -> None:
+    """See above."""
+    store, ends = event_store.open_store(store_path), {}
+    for task in tasks:
+        kind, mesh, slack = task.split(":")
+        config = config_of(kind, store, workdir)
+        if kind not in ends:
+            ends[kind] = train(config, store, mesh="1x1")
+        one = ends[kind]
+        tight = dataclasses.replace(config.mesh, exchange_slack=float(slack))
+        many = train(dataclasses.replace(config, mesh=tight), store, mesh=mesh)
+        line = {
+            "task": task,
+            "loss": float(np.abs(many.losses / one.losses - 1).max()),
+            "params": largest_difference(many.params, one.params),
+            "tables": largest_difference(many.tables, one.tables),
+            "waited": many.waited,
+            "first": float(one.losses[0]),
+            "last": float(one.losses[-1]),
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
