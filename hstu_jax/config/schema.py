@@ -80,12 +80,15 @@ class MeshConfig:
     """Devices of the mesh; -1 = all that are left.
 
     A device has room to send `exchange_slack` times as many ids as it can have (an even share to
-    every other device); ids beyond wait for another round. It changes time and memory, no result.
+    every other device); ids beyond wait for another round. Embedding tables of at most
+    `replicated_table_bytes` are whole on every device, larger ones split over all; 0 splits all.
+    Both change time and memory, no result.
     """
 
     host: int = 1
     chip: int = -1
     exchange_slack: float = 1.25
+    replicated_table_bytes: int = 262_144
 
     def __post_init__(self):
         for name in ("host", "chip"):
@@ -97,6 +100,13 @@ class MeshConfig:
             self.exchange_slack,
             "must be a positive number",
             "1.25 leaves a quarter of room for ids that are not spread evenly",
+        )
+        require(
+            self.replicated_table_bytes >= 0,
+            "replicated_table_bytes",
+            self.replicated_table_bytes,
+            "must not be negative",
+            "0 splits every table",
         )
 
 

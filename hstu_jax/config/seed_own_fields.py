@@ -43,5 +43,6 @@ OWN: dict[str, str] = {
     "eval.num_bootstrap": "draws of the confidence intervals",
     "mesh.host": "devices of the first mesh axis",
     "mesh.chip": "devices of the second mesh axis",
+    "mesh.replicated_table_bytes": "tables up to this size are whole on every device",
     "mesh.exchange_slack": "room for ids on their way between devices, times an even share",
 }

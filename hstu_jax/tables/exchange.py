@@ -4,7 +4,8 @@ For code inside `jax.shard_map` whose table rows are split in equal consecutive 
 devices of the named mesh axes. Ids go to the owners of their rows by an all-to-all, rows and
 gradients by another; a table never moves, and on one device nothing does. Every device sends
 buckets of a fixed size, so that memory and traffic follow a device's own ids, whatever the number
-of devices; ids that do not fit wait for another round (`rounds.py`).
+of devices; ids that do not fit wait for another round (`rounds.py`). A block of all rows tells that
+a small table is whole on every device: then only gradients move, in a dense sum.
 
 On a mesh of two axes ids go to the right device along the second axis first (within a host), are
 made unique there, and then along the first (between hosts): a row that all devices of a host want
@@ -30,7 +31,7 @@ def fetch(
     """The rows that this device's `unique` names, wherever they live.
 
     Args:
-        weights: this device's block of the table.
+        weights: this device's block of the table, or all of it.
         unique: this device's rows, numbered in the whole table.
         axis_names: mesh axes over which the table's rows are split, major first.
         slack: size of the buckets, see `rounds.bucket_size`; changes time and memory, no result.
@@ -39,7 +40,7 @@ def fetch(
         The same as `lookup.gather` on the whole table, bit for bit; and the number of ids that this
         device could not send in the first round, its own and those that it passed on.
     """
-    if jax.lax.axis_size(axis_names) == 1:
+    if weights.shape[0] == unique.sentinel:
         return lookup.gather(weights, unique), jnp.int32(0)
     levels = _levels(unique, axis_names, slack)
     keys, order = _first_keys(unique, levels)
@@ -98,7 +99,7 @@ def apply(
     the devices, or, in two levels, first over the devices of a host and then over hosts.
 
     Args:
-        state: this device's block of the table; donate it.
+        state: this device's block of the table, or all of it; donate it.
         unique: this device's rows, numbered in the whole table.
         row_gradients: this device's gradient per slot of `unique`. Gradients of different devices
             are summed: divide the loss by the global count before.
@@ -122,7 +123,9 @@ def apply(
             iteration=iteration,
         )
 
-    if jax.lax.axis_size(axis_names) == 1:
+    if state.weights.shape[0] == unique.sentinel:
+        if jax.lax.axis_size(axis_names) > 1:
+            unique, row_gradients = _sum_whole(unique, row_gradients, axis_names)
         return update_rows(state, unique, row_gradients)
     levels = _levels(unique, axis_names, slack)
     keys, order = _first_keys(unique, levels)
@@ -154,6 +157,23 @@ def _apply(state, keys, gradients, levels, update_rows):
         lambda carry: carry[0] < level.width, one_round, (jnp.int32(0), state)
     )
     return state
+
+
+def _sum_whole(unique, gradients, axis_names):
+    """Rows that any device has gradients of, and their sums: what all devices of a mesh agree on.
+
+    Dense over the table's rows; for small tables that are whole on every device.
+    """
+    num_rows = unique.sentinel
+    with_count = jnp.concatenate([gradients, jnp.ones((unique.capacity, 1))], axis=1)
+    dense = jnp.zeros((num_rows, with_count.shape[1]))
+    dense = dense.at[unique.rows].set(
+        with_count, mode="drop", unique_indices=True, indices_are_sorted=True
+    )
+    dense = jax.lax.psum(dense, axis_names)
+    rows = jnp.where(dense[:, -1] > 0, jnp.arange(num_rows, dtype=jnp.int32), num_rows)
+    merged = lookup.unique_rows(rows, capacity=num_rows, sentinel=num_rows)
+    return merged, dense.at[merged.rows].get(mode="fill", fill_value=0)[:, :-1]
 
 
 def _levels(unique: lookup.UniqueRows, axis_names: AxisNames, slack: float) -> list[rounds.Level]:

@@ -26,7 +26,7 @@ class BatchGradients:
     Attributes:
         params: gradients of this shard's loss, the tree of the dense parameters.
         rows: table -> (`lookup.UniqueRows`, gradients of those rows).
-        metrics: `step_metrics.StepMetrics`, sums over the mesh.
+        metrics: `step.StepMetrics`, sums over the mesh.
         batch_stats: running statistics of batch norm after the batch; {} without it.
     """
 

@@ -5,7 +5,8 @@ import time
 import jax
 import numpy as np
 
-from hstu_jax.training import step_metrics, train_metrics
+from hstu_jax.training import step as step_lib
+from hstu_jax.training import train_metrics
 
 
 class LogWindow:
@@ -65,7 +66,7 @@ class LogWindow:
         self._clock_step, self._data_wait_s = step, data_wait_s
         return elapsed
 
-    def add(self, step: int, metrics: step_metrics.StepMetrics) -> None:
+    def add(self, step: int, metrics: step_lib.StepMetrics) -> None:
         """Adds one step's sums; raises FloatingPointError if it is not finite."""
         metrics = jax.device_get(metrics)
         if not np.isfinite(metrics.loss_sum) or metrics.num_not_finite > 0:

@@ -22,11 +22,11 @@ from hstu_jax.training import (
     evaluation,
     log_window,
     metric_log,
-    step_metrics,
     train_metrics,
 )
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
+from hstu_jax.training import step as step_lib
 
 Print = Callable[[str], None]
 
@@ -173,7 +173,7 @@ def _train(
     window = log_window.LogWindow(
         first, cutoffs, smoothed=smoothed, sums=saved.log_sums if saved else ()
     )
-    pending: tuple[int, step_metrics.StepMetrics] | None = None
+    pending: tuple[int, step_lib.StepMetrics] | None = None
     validate = _Validation(run, log, keeper, echo) if run.config.eval.every_num_steps else None
     per_step = config.gradient_accumulation_steps
     with run.pipeline.iterate(

@@ -18,13 +18,13 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from hstu_jax.config import schema, train_schema
 from hstu_jax.features import batch as batch_lib
 from hstu_jax.losses import sampled_softmax
-from hstu_jax.metrics import ranking
 from hstu_jax.model import feature_lookup, match
 from hstu_jax.tables import exchange, lookup, optimizers, update
 from hstu_jax.tables import spec as table_spec
 from hstu_jax.training import gradients as gradients_lib
 from hstu_jax.training import optimizer as optimizer_lib
 from hstu_jax.training import partition, schedules, state, step_metrics
+from hstu_jax.training.step_metrics import StepMetrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def train_step(
     batch: batch_lib.Batch | tuple[batch_lib.Batch, ...],
     *,
     program: Program,
-) -> tuple[state.TrainState, step_metrics.StepMetrics]:
+) -> tuple[state.TrainState, StepMetrics]:
     """One optimizer step on this shard's groups and table rows.
 
     The loss is the sum over all queries of the global batch over their number, whatever the number
@@ -140,11 +140,11 @@ def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGra
     train, first = program.config.train, train_state.step
     num_batches, tables = train.gradient_accumulation_steps, train_state.tables
     if num_batches == 1:
-        total = _total_weight(program, batch)
+        total = step_metrics.total_weight(program.config, batch)
         return batch_gradients(program, train_state, batch, number=first, divisor=total), tables
     total = None
     if train.gradient_accumulation_mode == "mean":
-        total = sum(_total_weight(program, each) for each in batch)
+        total = sum(step_metrics.total_weight(program.config, each) for each in batch)
 
     def gradients_of(tables, batch_stats, each, number):
         return batch_gradients(
@@ -152,7 +152,7 @@ def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGra
             dataclasses.replace(train_state, tables=tables, batch_stats=batch_stats),
             each,
             number=first * num_batches + number,
-            divisor=_total_weight(program, each) if total is None else total,
+            divisor=step_metrics.total_weight(program.config, each) if total is None else total,
         )
 
     def update_now(tables, rows, number):
@@ -217,8 +217,12 @@ def batch_gradients(
     return gradients_lib.BatchGradients(
         params=param_grads,
         rows={table: (unique[table], row_grads[table]) for table in row_grads},
-        metrics=_metrics(
-            program, scores, batch, num_not_finite=num_not_finite, num_waiting=num_waiting
+        metrics=step_metrics.sums(
+            program.config,
+            scores,
+            batch,
+            num_not_finite=num_not_finite,
+            num_waiting=num_waiting,
         ),
         batch_stats=batch_stats,
     )
@@ -263,7 +267,7 @@ def update_tables(
 
 def eval_step(
     train_state: state.TrainState, batch: batch_lib.Batch, *, program: Program
-) -> tuple[step_metrics.StepMetrics, Float[Array, "G U E"]]:
+) -> tuple[StepMetrics, Float[Array, "G U E"]]:
     """A batch without dropout: sums over the whole mesh, and this shard's user vectors.
 
     User vectors are zeros in unused slots.
@@ -274,8 +278,12 @@ def eval_step(
     inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
     towers = program.model.apply(train_state.variables(), inputs, batch)
     scores = score(program, towers, batch)
-    metrics = _metrics(
-        program, scores, batch, num_not_finite=jnp.float32(0), num_waiting=num_waiting
+    metrics = step_metrics.sums(
+        program.config,
+        scores,
+        batch,
+        num_not_finite=jnp.float32(0),
+        num_waiting=num_waiting,
     )
     return metrics, towers.user
 
@@ -315,7 +323,7 @@ def score(
         negative_log_q=batch.negative_log_q,
         temperature=program.config.model.temperature,
         log_q_correction=program.config.loss.log_q_correction,
-        query_weight=_query_weight(program, batch),
+        query_weight=step_metrics.query_weight(program.config, batch),
         hard=sampled_softmax.HardNegatives(
             vectors=towers.hard_negative,
             mask=batch.hard_negative_mask,
@@ -348,46 +356,3 @@ def fetch(
         )
         num_waiting += waiting
     return unique, picked, num_waiting
-
-
-def _query_weight(program, batch) -> Float[Array, "G Q"] | None:
-    """The weight of each query's user, or None where none are configured."""
-    if not program.config.data.sample_weight_fields:
-        return None
-    return jnp.take_along_axis(batch.sample_weight, batch.positive_user, axis=1)
-
-
-def _total_weight(program, batch) -> Float[Array, ""]:
-    """Sum of the weights of all queries of the whole mesh: their number without weights."""
-    weight = _query_weight(program, batch)
-    if weight is None:
-        weight = jnp.ones_like(batch.query_mask, dtype=jnp.float32)
-    return jax.lax.psum(jnp.sum(jnp.where(batch.query_mask, weight, 0)), partition.AXES)
-
-
-def _metrics(program, scores, batch, *, num_not_finite, num_waiting) -> step_metrics.StepMetrics:
-    """Sums over the whole mesh."""
-    hits, num_queries = ranking.sampled_hits(
-        positive_scores=scores.positive_scores,
-        negative_scores=jnp.concatenate(
-            [scores.negative_scores, scores.hard_negative_scores], axis=-1
-        ),
-        positive_user=batch.positive_user,
-        query_mask=batch.query_mask,
-        cutoffs=program.config.metrics.recall_at_k,
-    )
-    sums = step_metrics.StepMetrics(
-        loss_sum=scores.loss_sum,
-        num_queries=num_queries,
-        num_users=jnp.sum(batch.user_mask, dtype=jnp.float32),
-        num_tokens=jnp.sum(batch.segment_lengths).astype(jnp.float32),
-        recall_hits=hits,
-        num_not_finite=num_not_finite,
-        exchange_overflow=num_waiting.astype(jnp.float32),
-    )
-    sums = jax.lax.psum(sums, partition.AXES)
-    if not program.config.data.sample_weight_fields:
-        return sums
-    total = _total_weight(program, batch)
-    mean = sums.loss_sum / jnp.where(total > 0, total, 1.0)
-    return dataclasses.replace(sums, loss_sum=mean * sums.num_queries)

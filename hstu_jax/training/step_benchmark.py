@@ -128,6 +128,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
     """(name, compiled function, arguments) of each part of the step."""
     program, mesh = run.program, run.mesh
     split, replicated = partition.SPLIT, partition.REPLICATED
+    tables = run.state_spec.tables
 
     def place(function, in_specs, out_specs, **kwargs):
         mapped = jax.shard_map(
@@ -151,7 +152,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
 
         return wrapped
 
-    looked_up = place(with_counts(look_up), (partition.STATE_SPEC, split), split)
+    looked_up = place(with_counts(look_up), (run.state_spec, split), split)
     unique, picked, vectors = looked_up(state, batch)
 
     def expand_grad(picked, unique, cotangent):
@@ -205,7 +206,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
         place(expand_grad, (split, split, split), split),
         (picked, unique, vectors),
     )
-    update = place(update_tables, (split, split, split), split)
+    update = place(update_tables, (tables, split, split), tables)
     yield "table update (not donated)", update, (state.tables, unique, picked)
 
 

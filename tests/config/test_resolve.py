@@ -85,6 +85,11 @@ def test_unknown_field_of_a_feature_names_the_nearest():
         ("eval.num_bootstrap", 0, r"num_bootstrap=0: must be positive"),
         ("mesh.chip", 0, r"mesh\.chip=0: must be positive, or -1"),
         (
+            "mesh.replicated_table_bytes",
+            -1,
+            r"mesh\.replicated_table_bytes=-1: must not be negative; 0 splits every table",
+        ),
+        (
             "mesh.exchange_slack",
             0.0,
             r"mesh\.exchange_slack=0\.0: must be a positive number; 1\.25",

@@ -20,9 +20,9 @@ def make_mesh(shape):
     return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
 
 
-def local_step(state, rows, cotangent, *, slack, rule, iteration=1):
+def local_step(state, rows, cotangent, *, slack, rule, is_whole, iteration=1):
     """A device's part of a step: its block, its vectors before the step, its ids that waited."""
-    num_rows = state.weights.shape[0] * jax.lax.axis_size(AXES)
+    num_rows = state.weights.shape[0] * (1 if is_whole else jax.lax.axis_size(AXES))
     shape = cotangent.shape
     rows = rows.reshape(-1)
     unique = lookup.unique_rows(rows, capacity=rows.size, sentinel=num_rows)
@@ -48,12 +48,20 @@ def local_step(state, rows, cotangent, *, slack, rule, iteration=1):
 
 
 @functools.cache
-def compile_step(mesh_shape, *, slack=WIDE, rule=SGD, check_vma=False):
-    """The step of a mesh shape, jitted: (state, rows by device, cotangents) -> local_step's."""
+def compile_step(mesh_shape, *, slack=WIDE, rule=SGD, check_vma=False, is_whole=False):
+    """The step of a mesh shape, jitted: (state, rows by device, cotangents) -> local_step's.
+
+    With `is_whole` every device has the whole table.
+    """
     split = PartitionSpec(AXES)
-    step = functools.partial(local_step, slack=slack, rule=rule)
+    block = PartitionSpec() if is_whole else split
+    step = functools.partial(local_step, slack=slack, rule=rule, is_whole=is_whole)
     mapped = jax.shard_map(
-        step, mesh=make_mesh(mesh_shape), in_specs=split, out_specs=split, check_vma=check_vma
+        step,
+        mesh=make_mesh(mesh_shape),
+        in_specs=(block, split, split),
+        out_specs=(block, split, split),
+        check_vma=check_vma,
     )
     return jax.jit(mapped, donate_argnums=0)
 
@@ -95,11 +103,11 @@ def dense_sgd(weights, rows, cotangent):
     return vectors, after
 
 
-def check_against_dense(mesh_shape, table, rows, cotangent, *, slack):
+def check_against_dense(mesh_shape, table, rows, cotangent, *, slack, is_whole=False):
     """Asserts that a step equals the dense one in every bit; returns the ids that waited."""
     state = start(table)
     vectors, after = dense_sgd(state.weights, rows, cotangent)
-    step = compile_step(mesh_shape, slack=slack)
+    step = compile_step(mesh_shape, slack=slack, is_whole=is_whole)
     state, got, waiting = step(state, jnp.asarray(rows), jnp.asarray(cotangent))
     np.testing.assert_array_equal(np.asarray(got), vectors.astype(np.float32))
     np.testing.assert_array_equal(np.asarray(state.weights), after.astype(np.float32))

@@ -195,3 +195,30 @@ def test_unspread_small_tables_never_wait():
     cotangent = np.ones((2, 300, 6), np.float32)
     waiting = steps.check_against_dense((1, 2), table, rows, cotangent, slack=steps.WIDE)
     assert waiting.tolist() == [0, 0]
+
+
+def test_a_table_that_is_whole_on_every_device_is_exact_and_sends_no_ids():
+    rows, cotangent = steps.draw(2, table=TABLE)
+    options = dict(slack=steps.WIDE, is_whole=True)
+    waiting = steps.check_against_dense((1, 2), TABLE, rows, cotangent, **options)
+    assert waiting.tolist() == [0, 0]
+    step = steps.compile_step((1, 2), **options)
+    program = str(jax.make_jaxpr(step)(steps.start(TABLE), rows, cotangent))
+    assert "psum" in program and "all_to_all" not in program
+
+
+def test_rows_of_no_device_keep_their_moments_in_a_whole_table():
+    """Adam moves every row that it is given, also with a gradient of zero."""
+    rule, rows_and_cotangent = RULES["adam"], steps.draw(2, table=TABLE)
+    step = steps.compile_step((1, 2), rule=rule, is_whole=True)
+    rows, cotangent = (jnp.asarray(part) for part in rows_and_cotangent)
+    state = steps.start(TABLE, rule)
+    for number in range(2):  # the second step leaves out the rows of the first device
+        rows = rows.at[0].set(TABLE.padded_rows) if number else rows
+        before = jax.device_get(state)
+        state, _, _ = step(state, rows, cotangent)
+    untouched = np.setdiff1d(np.arange(TABLE.padded_rows), rows)
+    for old, new in zip(*map(jax.tree.leaves, (before, state)), strict=True):
+        np.testing.assert_array_equal(np.asarray(new)[untouched], old[untouched])
+        touched = np.unique(rows[rows < TABLE.padded_rows])
+        assert np.any(np.asarray(new)[touched] != old[touched])

@@ -261,6 +261,7 @@ SHOWN_ELSEWHERE = (
             "mesh.host",
             "mesh.chip",
             "mesh.exchange_slack",
+            "mesh.replicated_table_bytes",
         ),
     ),
 )

@@ -32,13 +32,13 @@ def check(store, workdir, tasks, *, num_devices):
 
 
 def test_two_and_four_devices_train_like_one(small_store, tmp_path):
-    waited = check(small_store, tmp_path, ["sgd:2x2:0.02", "sgd:1x2:1.25"], num_devices=4)
+    waited = check(small_store, tmp_path, ["sgd:2x2:0.02:0", "sgd:1x2:1.25:100000"], num_devices=4)
     assert waited[0] > 100 and waited[1] == 0
 
 
 @pytest.mark.long
 def test_eight_devices_train_like_one(small_store, tmp_path):
-    meshes = ("1x8:1.25", "2x4:1.25", "2x4:0.02", "8x1:1.25")
+    meshes = ("1x8:1.25:0", "2x4:1.25:0", "2x4:0.02:0", "8x1:1.25:100000")
     tasks = [f"{kind}:{mesh}" for kind in ("sgd", "adam") for mesh in meshes]
     waited = check(small_store, tmp_path, tasks, num_devices=8)
     assert [count > 0 for count in waited] == [False, False, True, False] * 2

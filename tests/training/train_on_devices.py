@@ -1,9 +1,10 @@
 """Trains one small run on several meshes of simulated devices and prints how far they end apart.
 
-    python -m tests.training.train_on_devices STORE WORKDIR sgd:2x2:0.05 sgd:1x4:1.25
+    python -m tests.training.train_on_devices STORE WORKDIR sgd:2x2:0.05:0 sgd:1x4:1.25:100000
 
-For every task, optimizer : mesh : `mesh.exchange_slack`, a line of JSON: differences from one
-device. The number of CPU devices is fixed when JAX starts, so tests run this as its own process.
+For every task, optimizer : mesh : `mesh.exchange_slack` : `mesh.replicated_table_bytes`, a line of
+JSON: differences from one device. The number of CPU devices is fixed when JAX starts, so tests run
+this as a process of its own.
 """
 
 import dataclasses
@@ -76,13 +77,17 @@ def main(store_path: str, workdir: str, *tasks: str) -> None:
     """See above."""
     store, ends = event_store.open_store(store_path), {}
     for task in tasks:
-        kind, mesh, slack = task.split(":")
+        kind, mesh, slack, replicated_bytes = task.split(":")
         config = config_of(kind, store, workdir)
         if kind not in ends:
             ends[kind] = train(config, store, mesh="1x1")
         one = ends[kind]
-        tight = dataclasses.replace(config.mesh, exchange_slack=float(slack))
-        many = train(dataclasses.replace(config, mesh=tight), store, mesh=mesh)
+        options = dataclasses.replace(
+            config.mesh,
+            exchange_slack=float(slack),
+            replicated_table_bytes=int(replicated_bytes),
+        )
+        many = train(dataclasses.replace(config, mesh=options), store, mesh=mesh)
         line = {
             "task": task,
             "loss": float(np.abs(many.losses / one.losses - 1).max()),
