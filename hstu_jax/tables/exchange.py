@@ -27,6 +27,7 @@ def fetch(
     *,
     axis_names: AxisNames,
     slack: float,
+    host_slack: float,
 ) -> tuple[Float[Array, "capacity dim"], Int[Array, ""]]:
     """The rows that this device's `unique` names, wherever they live.
 
@@ -35,6 +36,7 @@ def fetch(
         unique: this device's rows, numbered in the whole table.
         axis_names: mesh axes over which the table's rows are split, major first.
         slack: size of the buckets, see `rounds.bucket_size`; changes time and memory, no result.
+        host_slack: in two levels, the same of the buckets between hosts.
 
     Returns:
         The same as `lookup.gather` on the whole table, bit for bit; and the number of ids that this
@@ -42,7 +44,7 @@ def fetch(
     """
     if weights.shape[0] == unique.sentinel:
         return lookup.gather(weights, unique), jnp.int32(0)
-    levels = _levels(unique, axis_names, slack)
+    levels = _levels(unique, axis_names, (slack, host_slack))
     keys, order = _first_keys(unique, levels)
     values, num_waiting = _fetch(weights, keys, levels)
     if order is not None:
@@ -89,6 +91,7 @@ def apply(
     *,
     axis_names: AxisNames,
     slack: float,
+    host_slack: float,
     rule: optimizers.Rule,
     learning_rate: float | Float[Array, ""],
     iteration: int | Int[Array, ""] = 1,
@@ -105,6 +108,7 @@ def apply(
             are summed: divide the loss by the global count before.
         axis_names: as in `fetch`.
         slack: same.
+        host_slack: same.
         rule: see `update.apply`, as the rest.
         learning_rate: same.
         iteration: same.
@@ -127,7 +131,7 @@ def apply(
         if jax.lax.axis_size(axis_names) > 1:
             unique, row_gradients = _sum_whole(unique, row_gradients, axis_names)
         return update_rows(state, unique, row_gradients)
-    levels = _levels(unique, axis_names, slack)
+    levels = _levels(unique, axis_names, (slack, host_slack))
     keys, order = _first_keys(unique, levels)
     gradients = row_gradients if order is None else row_gradients[order]
     return _apply(state, keys, gradients, levels, update_rows)
@@ -176,13 +180,15 @@ def _sum_whole(unique, gradients, axis_names):
     return merged, dense.at[merged.rows].get(mode="fill", fill_value=0)[:, :-1]
 
 
-def _levels(unique: lookup.UniqueRows, axis_names: AxisNames, slack: float) -> list[rounds.Level]:
+def _levels(
+    unique: lookup.UniqueRows, axis_names: AxisNames, slacks: tuple[float, float]
+) -> list[rounds.Level]:
     """The all-to-alls on the way to an owner: along the last axis first, if two have any length."""
     names = (axis_names,) if isinstance(axis_names, str) else axis_names
     used = [name for name in names if jax.lax.axis_size(name) > 1]
     steps = [(name,) for name in reversed(used)] if len(used) == 2 else [names]
     levels, num_keys, capacity = [], unique.sentinel, unique.capacity
-    for step in steps:
+    for step, slack in zip(steps, slacks, strict=False):
         num_buckets = jax.lax.axis_size(step)
         width = num_keys // num_buckets
         size = rounds.bucket_size(

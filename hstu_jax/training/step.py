@@ -256,6 +256,7 @@ def update_tables(
             gradients,
             axis_names=partition.AXES,
             slack=program.config.mesh.exchange_slack,
+            host_slack=program.config.mesh.host_exchange_slack,
             rule=program.table_rule,
             learning_rate=rate,
             iteration=iteration,
@@ -353,6 +354,7 @@ def fetch(
             unique[table],
             axis_names=partition.AXES,
             slack=program.config.mesh.exchange_slack,
+            host_slack=program.config.mesh.host_exchange_slack,
         )
         num_waiting += waiting
     return unique, picked, num_waiting

@@ -169,6 +169,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
                 g,
                 axis_names=partition.AXES,
                 slack=run.config.mesh.exchange_slack,
+                host_slack=run.config.mesh.host_exchange_slack,
                 rule=program.table_rule,
                 learning_rate=1e-3,
             )

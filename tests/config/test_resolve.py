@@ -85,6 +85,11 @@ def test_unknown_field_of_a_feature_names_the_nearest():
         ("eval.num_bootstrap", 0, r"num_bootstrap=0: must be positive"),
         ("mesh.chip", 0, r"mesh\.chip=0: must be positive, or -1"),
         (
+            "mesh.host_exchange_slack",
+            0.5,
+            r"mesh\.host_exchange_slack=0\.5: has no effect with host=1 and chip=-1; leave it at",
+        ),
+        (
             "mesh.replicated_table_bytes",
             -1,
             r"mesh\.replicated_table_bytes=-1: must not be negative; 0 splits every table",

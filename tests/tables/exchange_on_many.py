@@ -1,10 +1,11 @@
 """The exchange on eight simulated devices; run by `test_exchange_many.py` as its own process.
 
-    python -m tests.tables.exchange_on_many exact:2x2 compiled:1x8:400000
+    python -m tests.tables.exchange_on_many exact:2x2 joined:2x4 compiled:1x8:400000
 
-`exact` draws ids by hypothesis and compares with the dense step; `compiled` prints a line of JSON
-about the step of a table with so many rows. The number of CPU devices is fixed when JAX starts, and
-the test session has two.
+`exact` draws ids by hypothesis and compares with the dense step; `joined` has all chips of a host
+ask for the same ids through buckets that hold them only if they go once; `compiled` prints a line
+of JSON about the step of a table with so many rows. The number of CPU devices is fixed when JAX
+starts, and the test session has two.
 """
 
 import functools
@@ -52,6 +53,22 @@ def check_exact(mesh_shape, *, num_examples):
     check()
 
 
+def check_joined(mesh_shape):
+    """Ids that all devices share go between hosts once; others wait in the same small buckets."""
+    num_devices, num_ids = int(np.prod(mesh_shape)), 512
+    # Of each owner about 64 ids; room for 103 of them, and for 256 within a host.
+    options = dict(slack=steps.WIDE, host_slack=0.2)
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(TABLE.padded_rows)[: num_devices * num_ids].astype(np.int32)
+    rows = rows.reshape(num_devices, num_ids)
+    cotangent = np.ones((*rows.shape, TABLE.dim), np.float32)
+    shared = np.tile(rows[:1], (num_devices, 1))
+    waiting = steps.check_against_dense(mesh_shape, TABLE, shared, cotangent, **options)
+    assert not waiting.any()
+    waiting = steps.check_against_dense(mesh_shape, TABLE, rows, cotangent, **options)
+    assert waiting.all()
+
+
 def compiled_figures(mesh_shape, num_rows):
     """Memory and traffic of a compiled step of a large table, from shapes alone."""
     table, rule = spec.TableSpec("t", num_rows, DIM), optimizers.RowwiseAdagrad()
@@ -86,10 +103,12 @@ def main(*tasks: str) -> None:
         shape = tuple(int(size) for size in mesh.split("x"))
         if what == "exact":
             check_exact(shape, num_examples=20)
+        elif what == "joined":
+            check_joined(shape)
         elif what == "compiled":
             print(json.dumps(compiled_figures(shape, int(num_rows[0]))), flush=True)
         else:
-            raise ValueError(f"task={task!r}: must begin with 'exact:' or 'compiled:'.")
+            raise ValueError(f"task={task!r}: must begin with 'exact:', 'joined:' or 'compiled:'.")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,15 @@ def make_mesh(shape):
     return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
 
 
-def local_step(state, rows, cotangent, *, slack, rule, is_whole, iteration=1):
+def local_step(state, rows, cotangent, *, slack, host_slack, rule, is_whole, iteration=1):
     """A device's part of a step: its block, its vectors before the step, its ids that waited."""
     num_rows = state.weights.shape[0] * (1 if is_whole else jax.lax.axis_size(AXES))
     shape = cotangent.shape
     rows = rows.reshape(-1)
     unique = lookup.unique_rows(rows, capacity=rows.size, sentinel=num_rows)
-    picked, waiting = exchange.fetch(state.weights, unique, axis_names=AXES, slack=slack)
+    picked, waiting = exchange.fetch(
+        state.weights, unique, axis_names=AXES, slack=slack, host_slack=host_slack
+    )
 
     def loss(picked):
         vectors = lookup.expand(picked, unique)
@@ -40,6 +42,7 @@ def local_step(state, rows, cotangent, *, slack, rule, is_whole, iteration=1):
         gradients,
         axis_names=AXES,
         slack=slack,
+        host_slack=host_slack,
         rule=rule,
         learning_rate=0.5,
         iteration=iteration,
@@ -48,14 +51,19 @@ def local_step(state, rows, cotangent, *, slack, rule, is_whole, iteration=1):
 
 
 @functools.cache
-def compile_step(mesh_shape, *, slack=WIDE, rule=SGD, check_vma=False, is_whole=False):
+def compile_step(
+    mesh_shape, *, slack=WIDE, host_slack=None, rule=SGD, check_vma=False, is_whole=False
+):
     """The step of a mesh shape, jitted: (state, rows by device, cotangents) -> local_step's.
 
-    With `is_whole` every device has the whole table.
+    With `is_whole` every device has the whole table; `host_slack` is `slack` unless given.
     """
+    host_slack = slack if host_slack is None else host_slack
     split = PartitionSpec(AXES)
     block = PartitionSpec() if is_whole else split
-    step = functools.partial(local_step, slack=slack, rule=rule, is_whole=is_whole)
+    step = functools.partial(
+        local_step, slack=slack, host_slack=host_slack, rule=rule, is_whole=is_whole
+    )
     mapped = jax.shard_map(
         step,
         mesh=make_mesh(mesh_shape),
@@ -103,11 +111,13 @@ def dense_sgd(weights, rows, cotangent):
     return vectors, after
 
 
-def check_against_dense(mesh_shape, table, rows, cotangent, *, slack, is_whole=False):
+def check_against_dense(
+    mesh_shape, table, rows, cotangent, *, slack, host_slack=None, is_whole=False
+):
     """Asserts that a step equals the dense one in every bit; returns the ids that waited."""
     state = start(table)
     vectors, after = dense_sgd(state.weights, rows, cotangent)
-    step = compile_step(mesh_shape, slack=slack, is_whole=is_whole)
+    step = compile_step(mesh_shape, slack=slack, host_slack=host_slack, is_whole=is_whole)
     state, got, waiting = step(state, jnp.asarray(rows), jnp.asarray(cotangent))
     np.testing.assert_array_equal(np.asarray(got), vectors.astype(np.float32))
     np.testing.assert_array_equal(np.asarray(state.weights), after.astype(np.float32))

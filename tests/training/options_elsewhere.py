@@ -260,8 +260,15 @@ SHOWN_ELSEWHERE = (
         (
             "mesh.host",
             "mesh.chip",
-            "mesh.exchange_slack",
             "mesh.replicated_table_bytes",
+        ),
+    ),
+    (
+        "training/test_many_devices.py",
+        "test_room_within_and_between_hosts_sets_what_is_sent",
+        (
+            "mesh.exchange_slack",
+            "mesh.host_exchange_slack",
         ),
     ),
 )
