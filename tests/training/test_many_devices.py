@@ -19,8 +19,8 @@ from tests.training.small_config import small_config, with_two_tables
 TOLERANCE = {"sgd": (1e-6, 1e-5), "adam": (1e-6, 5e-4)}
 
 
-def check(store, workdir, tasks, *, num_devices):
-    """Trains the tasks of `train_on_devices` and compares; returns the ids that waited in each."""
+def run_tasks(store, workdir, tasks, *, num_devices):
+    """What `train_on_devices` prints of its tasks."""
     printed = devices.run_on_devices(
         "tests.training.train_on_devices",
         store.path,
@@ -31,6 +31,12 @@ def check(store, workdir, tasks, *, num_devices):
     )
     lines = [json.loads(line) for line in printed.splitlines()]
     assert [line["task"] for line in lines] == list(tasks)
+    return lines
+
+
+def check(store, workdir, tasks, *, num_devices):
+    """Trains the tasks of `train_on_devices` and compares; returns the ids that waited in each."""
+    lines = run_tasks(store, workdir, tasks, num_devices=num_devices)
     for line in lines:
         loss, values = TOLERANCE[line["task"].partition(":")[0]]
         assert line["loss"] < loss
@@ -50,6 +56,21 @@ def test_eight_devices_train_like_one(small_store, tmp_path):
     tasks = [f"{kind}:{mesh}" for kind in ("sgd", "adam") for mesh in meshes]
     waited = check(small_store, tmp_path, tasks, num_devices=8)
     assert [count > 0 for count in waited] == [False, False, True, False] * 2
+
+
+@pytest.mark.long
+def test_compiled_steps_move_no_table_and_grow_with_nothing_but_the_batch(small_store, tmp_path):
+    tasks = [f"compiled:{mesh}" for mesh in ("1x2", "1x4", "1x8", "2x4")]
+    lines = run_tasks(small_store, tmp_path, tasks, num_devices=8)
+    for line in lines:
+        assert line["kinds"] == ["all-reduce", "all-to-all"]
+        assert line["alias_bytes"] > line["table_bytes"] > 40e6
+        assert line["temp_bytes"] < 0.05 * line["table_bytes"]
+        assert line["largest_bytes"] < 0.01 * line["table_bytes"]
+    two, *more = lines
+    for line in more:
+        assert line["temp_bytes"] < 1.25 * two["temp_bytes"]
+        assert line["all_to_all_bytes"] <= (2 if line is lines[-1] else 1) * two["all_to_all_bytes"]
 
 
 def sent_shapes(config):

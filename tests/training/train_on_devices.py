@@ -3,7 +3,8 @@
     python -m tests.training.train_on_devices STORE WORKDIR sgd:2x2:0.05:0 sgd:1x4:1.25:100000
 
 For every task, optimizer : mesh : `mesh.exchange_slack` : `mesh.replicated_table_bytes`, a line of
-JSON: differences from one device. The number of CPU devices is fixed when JAX starts, so tests run
+JSON: differences from one device. `compiled:1x8` prints figures of the compiled step of a large
+table in place of training. The number of CPU devices is fixed when JAX starts, so tests run
 this as a process of its own.
 """
 
@@ -16,7 +17,9 @@ import numpy as np
 
 from hstu_jax.config import schema
 from hstu_jax.data import event_store
+from hstu_jax.training import collectives
 from hstu_jax.training import run as run_lib
+from hstu_jax.training import state as state_lib
 from tests.training.small_config import small_config, with_two_tables
 
 NUM_STEPS = 20
@@ -56,13 +59,16 @@ def largest_difference(one, two) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True))
 
 
-def config_of(kind: str, store, workdir: str) -> schema.Config:
+def config_of(
+    kind: str, store, workdir: str, *, num_groups: int = 0, num_negatives: int = 24
+) -> schema.Config:
     """A run of one layer and two tables, as many groups as devices, one optimizer for all."""
     return with_two_tables(
         small_config(
             store,
             workdir,
-            data__num_groups=jax.device_count(),
+            data__num_groups=num_groups or jax.device_count(),
+            data__negative_sampler__num_sample=num_negatives,
             model__user_tower__hstu__attn_num_layers=1,
             train__dense_optimizer__kind=kind,
             train__dense_optimizer__lr=RATES[kind],
@@ -73,10 +79,42 @@ def config_of(kind: str, store, workdir: str) -> schema.Config:
     )
 
 
+def compiled_figures(store, workdir: str, *, mesh: str):
+    """Memory and collectives of the step of a table of two million rows, a group for each device.
+
+    A group has more than the 1,024 ids for which buckets are made at least.
+    """
+    host, chip = (int(size) for size in mesh.split("x"))
+    config = config_of("adam", store, workdir, num_groups=host * chip, num_negatives=900)
+    features = {
+        name: dataclasses.replace(each, num_buckets=2_000_000) if each.num_buckets > 1000 else each
+        for name, each in config.features.items()
+    }
+    options = dataclasses.replace(config.mesh, host=host, chip=chip)
+    config = dataclasses.replace(config, features=features, mesh=options)
+    run = run_lib.build_run(config, store, devices=jax.devices()[: host * chip])
+    state, batch = run_lib.abstract_state(run), run.put(run.pipeline.batch_at(0).batch)
+    compiled = run.train_step.lower(state, batch).compile()
+    found = collectives.read(compiled.as_text())
+    return {
+        "task": f"compiled:{mesh}",
+        "table_bytes": state_lib.size_bytes(state.tables) // (host * chip),
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "alias_bytes": compiled.memory_analysis().alias_size_in_bytes,
+        "largest_bytes": max(each.result_bytes for each in found),
+        "all_to_all_bytes": sum(e.result_bytes for e in found if e.kind == "all-to-all"),
+        "kinds": sorted({each.kind for each in found}),
+    }
+
+
 def main(store_path: str, workdir: str, *tasks: str) -> None:
     """See above."""
     store, ends = event_store.open_store(store_path), {}
     for task in tasks:
+        if task.startswith("compiled:"):
+            figures = compiled_figures(store, workdir, mesh=task.removeprefix("compiled:"))
+            print(json.dumps(figures), flush=True)
+            continue
         kind, mesh, slack, replicated_bytes = task.split(":")
         config = config_of(kind, store, workdir)
         if kind not in ends:
