@@ -28,12 +28,16 @@ RATES = {"sgd": 0.01, "adam": 1e-3}
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """Losses of the steps, parameters and tables after the last, and ids that waited in all."""
+    """Losses of the steps, parameters and tables after the last, and ids that waited in all.
+
+    `moved` is the least of the largest changes since the start: of parameters, and of tables.
+    """
 
     losses: np.ndarray
     params: list[np.ndarray]
     tables: list[np.ndarray]
     waited: float
+    moved: float
 
 
 def train(config, store, *, mesh: str) -> End:
@@ -44,14 +48,19 @@ def train(config, store, *, mesh: str) -> End:
     )
     run = run_lib.build_run(config, store, devices=jax.devices()[: host * chip])
     state, losses, waited = run_lib.init_state(run), [], 0.0
+    starts = leaves_of(state)
     for number in range(NUM_STEPS):
         state, metrics = run.train_step(state, run.put(run.pipeline.batch_at(number).batch))
         losses.append(float(metrics.loss_sum) / float(metrics.num_queries))
         waited += float(metrics.exchange_overflow)
-    params, tables = (
-        jax.device_get(jax.tree.leaves(part)) for part in (state.params, state.tables)
-    )
-    return End(np.array(losses), params, tables, waited)
+    ends = leaves_of(state)
+    moved = min(largest_difference(*pair) for pair in zip(starts, ends, strict=True))
+    return End(np.array(losses), *ends, waited, moved)
+
+
+def leaves_of(state):
+    """The arrays of a state's parameters, and those of its tables, on the host."""
+    return tuple(jax.device_get(jax.tree.leaves(part)) for part in (state.params, state.tables))
 
 
 def largest_difference(one, two) -> float:
@@ -132,8 +141,7 @@ def main(store_path: str, workdir: str, *tasks: str) -> None:
             "params": largest_difference(many.params, one.params),
             "tables": largest_difference(many.tables, one.tables),
             "waited": many.waited,
-            "first": float(one.losses[0]),
-            "last": float(one.losses[-1]),
+            "moved": one.moved,
         }
         print(json.dumps(line), flush=True)
 
