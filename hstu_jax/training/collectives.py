@@ -24,6 +24,7 @@ _INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
+_NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{('\w+'(?:,\s*'\w+')*)\}")
 _NUM_DEVICES = re.compile(r"(num_partitions|replica_count)=(\d+)")
 
 
@@ -66,6 +67,9 @@ def read(text: str) -> tuple[Collective, ...]:
 
     Args:
         text: `as_text()` of a compiled program.
+
+    Raises:
+        ValueError: groups of devices in a form that is not known.
     """
     sizes = [int(count) for _, count in _NUM_DEVICES.findall(text.partition("\n")[0])]
     num_devices = max(sizes, default=1)
@@ -98,7 +102,13 @@ def _bytes(letters: str, bits: str, sides: str) -> int:
 
 
 def _group_size(line: str, num_devices: int) -> int:
-    listed, counted = _LISTED_GROUPS.search(line), _COUNTED_GROUPS.search(line)
-    if listed:
+    if listed := _LISTED_GROUPS.search(line):
         return len(listed.group(1).split(","))
-    return int(counted.group(1)) if counted else num_devices
+    if counted := _COUNTED_GROUPS.search(line):
+        return int(counted.group(1))
+    if named := _NAMED_GROUPS.search(line):  # by axes of a mesh, from JAX 0.11 on
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", named.group(2)))
+    if "replica_groups=" not in line or "replica_groups={}" in line:
+        return num_devices
+    raise ValueError(f"{line.strip()[:200]!r}: unknown form of replica_groups.")

@@ -35,6 +35,14 @@ LINES = [
         "source_target_pairs={{0,1},{1,0}}",
         ("collective-permute", 8, 8, 8),
     ),
+    (
+        "  %h = f32[4]{0} all-reduce(%x), replica_groups=mesh['host'=2,'chip'=4] {'chip'}",
+        ("all-reduce", 16, 4, 24),
+    ),
+    (
+        "  %i = f32[4]{0} all-gather(%x), replica_groups=mesh['host'=2,'chip'=4] {'host','chip'}",
+        ("all-gather", 16, 8, 14),
+    ),
     ("  %g = f8e4m3fn[3]{0} collective-broadcast(%x)", ("collective-broadcast", 3, 8, 3)),
 ]
 
@@ -52,6 +60,12 @@ def test_what_only_mentions_a_collective_is_none():
         "  %j = f32[8]{0} fusion(%all-to-all.2), kind=kLoop, calls=%all-to-all_fusion"
     )
     assert collectives.read(HEADER + text) == ()
+
+
+def test_groups_of_an_unknown_form_are_refused():
+    line = "  %a = f32[4]{0} all-reduce(%x), replica_groups=mesh['x'=8] {'x':(2)4}"
+    with pytest.raises(ValueError, match="unknown form of replica_groups"):
+        collectives.read(HEADER + line)
 
 
 def test_a_compiled_program():
