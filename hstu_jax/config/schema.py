@@ -13,6 +13,7 @@ from hstu_jax.config import feature_checks, objective_checks
 from hstu_jax.config.checks import require, require_cutoffs
 from hstu_jax.config.data_schema import DataConfig
 from hstu_jax.config.feature_schema import IdFeature, RawFeature, SequenceConfig, column_of
+from hstu_jax.config.mesh_schema import MeshConfig
 from hstu_jax.config.model_schema import ModelConfig
 from hstu_jax.config.train_schema import TrainConfig, TrainMetricsConfig
 
@@ -93,19 +94,6 @@ class MetricsConfig:
 
     def __post_init__(self):
         require_cutoffs("recall_at_k", self.recall_at_k)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices of the mesh; -1 = all that are left."""
-
-    host: int = 1
-    chip: int = -1
-
-    def __post_init__(self):
-        for name in ("host", "chip"):
-            value = getattr(self, name)
-            require(value == -1 or value > 0, name, value, "must be positive, or -1 for the rest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

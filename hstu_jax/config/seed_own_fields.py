@@ -58,4 +58,7 @@ OWN: dict[str, str] = {
     "eval.num_bootstrap": "draws of the confidence intervals",
     "mesh.host": "devices of the first mesh axis",
     "mesh.chip": "devices of the second mesh axis",
+    "mesh.replicated_table_bytes": "tables up to this size are whole on every device",
+    "mesh.host_exchange_slack": "the same between hosts, where a host's chips share what they send",
+    "mesh.exchange_slack": "room for ids on their way between devices, times an even share",
 }

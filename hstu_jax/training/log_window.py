@@ -32,18 +32,23 @@ class LogWindow:
         self._data_wait_s = 0.0
         self._restart()
         if sums:
-            self._sums, self._hits = np.array(sums[:4]), np.array(sums[4:])
+            num_cutoffs = len(top_k)
+            self._sums, self._hits = np.array(sums[:4]), np.array(sums[4 : 4 + num_cutoffs])
+            # Checkpoints from before the last two were kept lack them.
+            self._num_steps, self._waited = sums[4 + num_cutoffs :] or (0.0, 0.0)
 
     def _restart(self) -> None:
         self._sums = np.zeros(4)  # loss, queries, users, tokens
         self._hits = np.zeros(len(self._top_k))
+        self._num_steps, self._waited = 0.0, 0.0
         self._timed = np.zeros(4)  # the same sums, since the clock was started
         self._started = time.perf_counter()
 
     @property
     def sums(self) -> tuple[float, ...]:
         """The open window, to go on from after a stop."""
-        return (*self._sums.tolist(), *self._hits.tolist())
+        counts = (self._num_steps, self._waited)
+        return (*self._sums.tolist(), *self._hits.tolist(), *counts)
 
     def restart_clock(self, step: int, *, data_wait_s: float) -> float:
         """Leaves what came before (a compilation, an evaluation) out of the rates.
@@ -79,6 +84,8 @@ class LogWindow:
         if step > self._clock_step:  # the first step's time is not in the clock, nor is its work
             self._timed += step_sums
         self._hits += metrics.recall_hits
+        self._num_steps += 1
+        self._waited += float(metrics.exchange_overflow)
         self.smoothed.add(metrics.recall_hits, float(metrics.num_queries))
 
     def close(self, step: int, *, data_wait_s: float) -> dict[str, float]:
@@ -95,6 +102,7 @@ class LogWindow:
         for k, hits in zip(self._top_k, self._hits, strict=True):
             values[f"recall@{k}"] = hits / max(queries, 1)
         values |= self.smoothed.values()
+        values["exchange_overflow"] = self._waited / max(self._num_steps, 1)
         values |= {
             "users_per_s": users / elapsed,
             "tokens_per_s": tokens / elapsed,

@@ -1,11 +1,11 @@
 """The mesh, and how one shard's functions are placed on it with `jax.shard_map`.
 
-The batch (along its group axis) and the rows of every table are split over all devices; dense
-parameters are replicated. `step.py` is written for one shard and names the axes of `AXES`; a single
-device is a mesh of one.
+The batch (along its group axis) and the rows of large tables are split over all devices; dense
+parameters and small tables are replicated. `step.py` is written for one shard and names the axes of
+`AXES`; a single device is a mesh of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -66,12 +66,33 @@ def check_groups(num_groups: int, mesh: Mesh) -> None:
         )
 
 
+# Where every table is split.
 STATE_SPEC = state_lib.TrainState(
     step=P(), params=P(), opt_state=P(), tables=SPLIT, batch_stats=P(), ema=P()
 )
 
 
-def with_shardings(shapes: state_lib.TrainState, mesh: Mesh) -> state_lib.TrainState:
+def table_specs(
+    specs: Iterable[table_spec.TableSpec], mesh: Mesh, *, replicated_bytes: int
+) -> dict[str, P]:
+    """Where the rows of every table are: on all devices in parts, or whole on each if small.
+
+    Args:
+        specs: the tables.
+        mesh: one device has all tables whole; they count as split.
+        replicated_bytes: largest size of the weights of a table that is not split.
+    """
+
+    def place(spec):
+        is_small = 4 * spec.padded_rows * spec.dim <= replicated_bytes
+        return REPLICATED if is_small and mesh.size > 1 else SPLIT
+
+    return {spec.name: place(spec) for spec in specs}
+
+
+def with_shardings(
+    shapes: state_lib.TrainState, mesh: Mesh, *, state_spec: state_lib.TrainState
+) -> state_lib.TrainState:
     """Shapes of a state -> the same with the shardings that its arrays have on a mesh."""
 
     def place(spec, tree):
@@ -80,20 +101,26 @@ def with_shardings(shapes: state_lib.TrainState, mesh: Mesh) -> state_lib.TrainS
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
         )
 
-    return jax.tree.map(place, STATE_SPEC, shapes)
+    return jax.tree.map(place, state_spec, shapes)
 
 
-def place_train_step(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def place_train_step(
+    function: Callable[..., Any], mesh: Mesh, *, state_spec: state_lib.TrainState = STATE_SPEC
+) -> Callable[..., Any]:
     """Compiles (state, batch) -> (state, metrics) for the mesh; the state's buffers are reused."""
-    specs = dict(in_specs=(STATE_SPEC, SPLIT), out_specs=(STATE_SPEC, REPLICATED))
+    specs = dict(in_specs=(state_spec, SPLIT), out_specs=(state_spec, REPLICATED))
     return _place(function, mesh, **specs, donate_argnums=(0,))
 
 
 def place_eval(
-    function: Callable[..., Any], mesh: Mesh, *, out_specs: Any = SPLIT
+    function: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    out_specs: Any = SPLIT,
+    state_spec: state_lib.TrainState = STATE_SPEC,
 ) -> Callable[..., Any]:
     """Compiles (state, split arrays) -> arrays for the mesh; nothing is donated."""
-    return _place(function, mesh, in_specs=(STATE_SPEC, SPLIT), out_specs=out_specs)
+    return _place(function, mesh, in_specs=(state_spec, SPLIT), out_specs=out_specs)
 
 
 def _place(function, mesh, *, in_specs, out_specs, **jit_options):

@@ -51,6 +51,11 @@ class Run:
     num_steps: int
 
     @property
+    def state_spec(self) -> state_lib.TrainState:
+        """How the state is split over the devices."""
+        return _state_spec(self.config.mesh, self.program, self.mesh)
+
+    @property
     def workdir(self) -> pathlib.Path:
         """Folder of checkpoints and metrics."""
         return pathlib.Path(self.config.workdir)
@@ -120,19 +125,33 @@ def build_run(
     def bind(function):
         return functools.partial(function, program=program)
 
+    state_spec = _state_spec(config.mesh, program, mesh)
+
     return Run(
         config=config,
         store=store,
         mesh=mesh,
         pipeline=pipeline,
         program=program,
-        train_step=partition.place_train_step(bind(step.train_step), mesh),
+        train_step=partition.place_train_step(bind(step.train_step), mesh, state_spec=state_spec),
         eval_step=partition.place_eval(
-            bind(step.eval_step), mesh, out_specs=(partition.REPLICATED, partition.SPLIT)
+            bind(step.eval_step),
+            mesh,
+            out_specs=(partition.REPLICATED, partition.SPLIT),
+            state_spec=state_spec,
         ),
-        item_step=partition.place_eval(bind(step.item_step), mesh),
+        item_step=partition.place_eval(bind(step.item_step), mesh, state_spec=state_spec),
         num_steps=num_steps,
     )
+
+
+def _state_spec(
+    config: schema.MeshConfig, program: step.Program, mesh: jax.sharding.Mesh
+) -> state_lib.TrainState:
+    tables = partition.table_specs(
+        program.specs, mesh, replicated_bytes=config.replicated_table_bytes
+    )
+    return dataclasses.replace(partition.STATE_SPEC, tables=tables)
 
 
 def init_state(run: Run) -> state_lib.TrainState:
@@ -140,7 +159,10 @@ def init_state(run: Run) -> state_lib.TrainState:
     return _first_state(
         run.program,
         replicated=partition.replicated_sharding(run.mesh),
-        split=partition.split_sharding(run.mesh),
+        tables={
+            name: jax.sharding.NamedSharding(run.mesh, spec)
+            for name, spec in run.state_spec.tables.items()
+        },
         is_aligned=run.config.model.initialization == "aligned",
     )
 
@@ -154,12 +176,12 @@ def state_shapes(config: schema.Config) -> state_lib.TrainState:
 
 def abstract_state(run: Run) -> state_lib.TrainState:
     """Shapes, types and shardings of a run's state: what a checkpoint is restored to."""
-    return partition.with_shardings(_shapes_of(run.program), run.mesh)
+    return partition.with_shardings(_shapes_of(run.program), run.mesh, state_spec=run.state_spec)
 
 
 def _shapes_of(program: step.Program) -> state_lib.TrainState:
     # Alignment changes values, never shapes, and computes some of them on the host.
-    options = dict(replicated=None, split=None, is_aligned=False)
+    options = dict(replicated=None, tables=None, is_aligned=False)
     return jax.eval_shape(functools.partial(_first_state, program, **options))
 
 
@@ -167,7 +189,7 @@ def _first_state(
     program: step.Program,
     *,
     replicated: jax.sharding.Sharding | None,
-    split: jax.sharding.Sharding | None,
+    tables: dict[str, jax.sharding.Sharding] | None,
     is_aligned: bool,
 ) -> state_lib.TrainState:
     config = program.config
@@ -183,7 +205,7 @@ def _first_state(
     return state_lib.init_state(
         variables,
         optimizer=program.optimizer,
-        tables=state_lib.init_tables(program.specs, table_key, split, rule=program.table_rule),
+        tables=state_lib.init_tables(program.specs, table_key, tables, rule=program.table_rule),
         replicated=replicated,
         has_ema=config.train.dense_optimizer.ema.decay > 0,
     )
@@ -200,6 +222,13 @@ def _attention(config) -> str:
     return f"{attention.auto_implementation(has_bias=has_bias)} (auto)"
 
 
+def _where(run: Run, table: str) -> str:
+    if run.mesh.size == 1:
+        return ""
+    is_split = run.state_spec.tables[table] == partition.SPLIT
+    return " split" if is_split else " on every device"
+
+
 def describe(run: Run, state: state_lib.TrainState) -> str:
     """The banner of a run: devices, data, parameters, shapes.
 
@@ -209,7 +238,10 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
     """
     stats = run.store.stats
     num_params = state_lib.count(state.params)
-    tables = ", ".join(f"{spec.name} {spec.num_rows:,} x {spec.dim}" for spec in run.program.specs)
+    tables = ", ".join(
+        f"{spec.name} {spec.num_rows:,} x {spec.dim}{_where(run, spec.name)}"
+        for spec in run.program.specs
+    )
     table_bytes = state_lib.size_bytes(state.tables)
     device = run.mesh.devices.flat[0]
     epoch = run.pipeline.stats()

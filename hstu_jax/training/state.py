@@ -1,11 +1,12 @@
 """`TrainState`: everything a run needs to go on, and how it is made from a seed.
 
-Dense parameters and optimizer state are replicated; every table's rows are split over the devices
-of the mesh (`partition.py`). There is no data position apart from `step`: batches are a pure
-function of (seed, step, group).
+Dense parameters and optimizer state are replicated; the rows of large tables are split over the
+devices of the mesh (`partition.py`). There is no data position apart from `step`: batches are a
+pure function of (seed, step, group).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def size_bytes(tree: Any) -> int:
 def init_tables(
     specs: tuple[table_spec.TableSpec, ...],
     key: jax.Array,
-    sharding: jax.sharding.Sharding | None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None,
     *,
     rule: optimizers.Rule,
 ) -> dict[str, update.TableState]:
@@ -74,7 +75,10 @@ def init_tables(
     ordered = sorted(specs, key=lambda spec: spec.name)
     return {
         spec.name: update.init_state(
-            spec, jax.random.fold_in(key, number), rule=rule, sharding=sharding
+            spec,
+            jax.random.fold_in(key, number),
+            rule=rule,
+            sharding=shardings[spec.name] if shardings else None,
         )
         for number, spec in enumerate(ordered)
     }

@@ -186,7 +186,8 @@ def batch_gradients(
         divisor: what the loss sum of the whole mesh is divided by; the loss is 0 where this is 0.
     """
     sparse = program.config.train.sparse_optimizer
-    unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
+    table_ids = feature_lookup.batch_ids(program.plan, batch)
+    unique, picked, num_waiting = fetch(program, train_state, table_ids)
     dropout_key = jax.random.fold_in(jax.random.key(program.config.seed), number)
 
     def global_loss(params, picked):
@@ -216,7 +217,13 @@ def batch_gradients(
     return gradients_lib.BatchGradients(
         params=param_grads,
         rows={table: (unique[table], row_grads[table]) for table in row_grads},
-        metrics=step_metrics.sums(program.config, scores, batch, num_not_finite=num_not_finite),
+        metrics=step_metrics.sums(
+            program.config,
+            scores,
+            batch,
+            num_not_finite=num_not_finite,
+            num_waiting=num_waiting,
+        ),
         batch_stats=batch_stats,
     )
 
@@ -248,6 +255,8 @@ def update_tables(
             unique,
             gradients,
             axis_names=partition.AXES,
+            slack=program.config.mesh.exchange_slack,
+            host_slack=program.config.mesh.host_exchange_slack,
             rule=program.table_rule,
             learning_rate=rate,
             iteration=iteration,
@@ -264,14 +273,20 @@ def eval_step(
 
     User vectors are zeros in unused slots.
     """
-    unique, picked = fetch(program, train_state, feature_lookup.batch_ids(program.plan, batch))
+    table_ids = feature_lookup.batch_ids(program.plan, batch)
+    unique, picked, num_waiting = fetch(program, train_state, table_ids)
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
     inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
     towers = program.model.apply(train_state.variables(), inputs, batch)
     scores = score(program, towers, batch)
-    return step_metrics.sums(
-        program.config, scores, batch, num_not_finite=jnp.float32(0)
-    ), towers.user
+    metrics = step_metrics.sums(
+        program.config,
+        scores,
+        batch,
+        num_not_finite=jnp.float32(0),
+        num_waiting=num_waiting,
+    )
+    return metrics, towers.user
 
 
 def item_step(
@@ -288,7 +303,8 @@ def item_step(
         program: static.
     """
     ids, valid = items
-    unique, picked = fetch(program, train_state, feature_lookup.item_ids(program.plan, ids, valid))
+    table_ids = feature_lookup.item_ids(program.plan, ids, valid)
+    unique, picked, _ = fetch(program, train_state, table_ids)
     vectors = {table: lookup.expand(rows, unique[table]) for table, rows in picked.items()}
     embeddings = feature_lookup.to_item_inputs(program.plan, vectors, ids)
     return program.model.apply(train_state.variables(), embeddings, method="item")
@@ -335,16 +351,24 @@ def fetch(
     program: Program,
     train_state: state.TrainState,
     table_ids: Mapping[str, feature_lookup.TableIds],
-) -> tuple[dict[str, lookup.UniqueRows], dict[str, Float[Array, "capacity dim"]]]:
-    """Unique rows of every table's ids, and their values, wherever they live."""
-    unique, picked = {}, {}
+) -> tuple[dict[str, lookup.UniqueRows], dict[str, Float[Array, "capacity dim"]], Int[Array, ""]]:
+    """Unique rows of every table's ids, their values, and how many ids waited for a second round.
+
+    The values may live anywhere on the mesh; the count is this device's.
+    """
+    unique, picked, num_waiting = {}, {}, jnp.int32(0)
     for table, occurrences in table_ids.items():
         spec = program.spec(table)
         rows = table_spec.rows_of(spec, occurrences.ids, occurrences.valid)
         unique[table] = lookup.unique_rows(
             rows, capacity=min(rows.shape[0], spec.padded_rows), sentinel=spec.padded_rows
         )
-        picked[table] = exchange.fetch(
-            train_state.tables[table].weights, unique[table], axis_names=partition.AXES
+        picked[table], waiting = exchange.fetch(
+            train_state.tables[table].weights,
+            unique[table],
+            axis_names=partition.AXES,
+            slack=program.config.mesh.exchange_slack,
+            host_slack=program.config.mesh.host_exchange_slack,
         )
-    return unique, picked
+        num_waiting += waiting
+    return unique, picked, num_waiting

@@ -136,6 +136,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
     """(name, compiled function, arguments) of each part of the step."""
     program, mesh = run.program, run.mesh
     split, replicated = partition.SPLIT, partition.REPLICATED
+    tables = run.state_spec.tables
 
     def place(function, in_specs, out_specs, **kwargs):
         mapped = jax.shard_map(
@@ -144,7 +145,8 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
         return jax.jit(mapped, **kwargs)
 
     def look_up(state, batch):
-        unique, picked = step.fetch(program, state, feature_lookup.batch_ids(program.plan, batch))
+        table_ids = feature_lookup.batch_ids(program.plan, batch)
+        unique, picked, _ = step.fetch(program, state, table_ids)
         return unique, picked, {t: lookup.expand(rows, unique[t]) for t, rows in picked.items()}
 
     # Scalars cannot be split over devices: the number of rows travels as one per device.
@@ -158,7 +160,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
 
         return wrapped
 
-    looked_up = place(with_counts(look_up), (partition.STATE_SPEC, split), split)
+    looked_up = place(with_counts(look_up), (run.state_spec, split), split)
     unique, picked, vectors = looked_up(state, batch)
 
     def expand_grad(picked, unique, cotangent):
@@ -174,6 +176,8 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
                 unique[t],
                 g,
                 axis_names=partition.AXES,
+                slack=run.config.mesh.exchange_slack,
+                host_slack=run.config.mesh.host_exchange_slack,
                 rule=program.table_rule,
                 learning_rate=1e-3,
             )
@@ -212,7 +216,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
         place(expand_grad, (split, split, split), split),
         (picked, unique, vectors),
     )
-    update = place(update_tables, (split, split, split), split)
+    update = place(update_tables, (tables, split, split), tables)
     yield "table update (not donated)", update, (state.tables, unique, picked)
 
 

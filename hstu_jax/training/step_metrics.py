@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hstu_jax.config import schema
 from hstu_jax.features import batch as batch_lib
@@ -30,6 +30,7 @@ class StepMetrics:
         num_tokens: token slots in use, contextual ones included.
         recall_hits: [len(recall_at_k)] queries whose positive is among the k best.
         num_not_finite: values of the gradients that are not finite; 0 in evaluation.
+        exchange_overflow: ids that had to wait for a second round of the exchange between devices.
     """
 
     loss_sum: Any
@@ -38,6 +39,7 @@ class StepMetrics:
     num_tokens: Any
     recall_hits: Any
     num_not_finite: Any
+    exchange_overflow: Any
 
 
 def query_weight(config: schema.Config, batch: batch_lib.Batch) -> Float[Array, "G Q"] | None:
@@ -70,8 +72,9 @@ def sums(
     batch: batch_lib.Batch,
     *,
     num_not_finite: Float[Array, ""],
+    num_waiting: Int[Array, ""],
 ) -> StepMetrics:
-    """Sums over the whole mesh."""
+    """Sums over the whole mesh; `num_waiting` is this device's, from `step.fetch`."""
     cutoffs = config.metrics.recall_at_k
     if isinstance(scores, query_softmax.QuerySoftmax):
         hits, num_queries = ranking.hits_of_counts(
@@ -96,6 +99,7 @@ def sums(
         num_tokens=jnp.sum(batch.segment_lengths).astype(jnp.float32),
         recall_hits=hits,
         num_not_finite=num_not_finite,
+        exchange_overflow=num_waiting.astype(jnp.float32),
     )
     found = jax.lax.psum(found, partition.AXES)
     if not config.data.sample_weight_fields:

@@ -85,6 +85,21 @@ def test_unknown_field_of_a_feature_names_the_nearest():
         ("eval.num_bootstrap", 0, r"num_bootstrap=0: must be positive"),
         ("eval.catalogue", "al", r"eval\.catalogue='al': unknown choice; did you mean 'all'\?"),
         ("mesh.chip", 0, r"mesh\.chip=0: must be positive, or -1"),
+        (
+            "mesh.host_exchange_slack",
+            0.5,
+            r"mesh\.host_exchange_slack=0\.5: has no effect with host=1 and chip=-1; leave it at",
+        ),
+        (
+            "mesh.replicated_table_bytes",
+            -1,
+            r"mesh\.replicated_table_bytes=-1: must not be negative; 0 splits every table",
+        ),
+        (
+            "mesh.exchange_slack",
+            0.0,
+            r"mesh\.exchange_slack=0\.0: must be a positive number; 1\.25",
+        ),
         ("model.output_dim", 8, r"initialization='aligned': needs linear towers"),
     ],
 )

@@ -270,11 +270,20 @@ SHOWN_ELSEWHERE = (
         ),
     ),
     (
-        "training/test_step.py",
-        "test_two_devices_train_like_one",
+        "training/test_many_devices.py",
+        "test_two_and_four_devices_train_like_one",
         (
             "mesh.host",
             "mesh.chip",
+            "mesh.replicated_table_bytes",
+        ),
+    ),
+    (
+        "training/test_many_devices.py",
+        "test_room_within_and_between_hosts_sets_what_is_sent",
+        (
+            "mesh.exchange_slack",
+            "mesh.host_exchange_slack",
         ),
     ),
 )

@@ -14,7 +14,7 @@ import pytest
 from configs import kuairand
 from hstu_jax import inspect
 from hstu_jax.config import resolve
-from hstu_jax.training import inspection, loop, partition
+from hstu_jax.training import inspection, loop
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 from tests.training.small_config import small_config, with_two_tables
@@ -113,12 +113,12 @@ def test_going_on_makes_no_first_state(small_store, tmp_path, monkeypatch):
     options = dict(devices=jax.devices()[:1], echo=lambda line: None)
     again = loop.fit(config, small_store, **options)
     restored = loop.restore(config, small_store, devices=jax.devices()[:2])
-    expected = partition.STATE_SPEC.tables
     for result in (again, restored):
         for have, want in zip(*map(jax.tree.leaves, (result.state, state)), strict=True):
             np.testing.assert_array_equal(have, want)
-        table = next(iter(result.state.tables.values()))
-        assert table.weights.sharding.spec == expected
-        assert table.weights.sharding.mesh == result.run.mesh
+        expected = result.run.state_spec.tables
+        for name, table in result.state.tables.items():
+            assert table.weights.sharding.spec == expected[name]
+            assert table.weights.sharding.mesh == result.run.mesh
     with pytest.raises(AssertionError, match="a first state was made"):
         loop.fit(dataclasses.replace(config, workdir=str(tmp_path / "new")), small_store, **options)

@@ -1,0 +1,147 @@
+"""Keys sent to the devices that own them, in rounds of buckets of a fixed size.
+
+A key says where a row lives: bucket `key // width` is the device that owns it, `key % width` its
+place there. Keys are ascending and distinct on every device, so the keys of a bucket are one run,
+and those of a range of places are one run in it. A round is a range of places, the same on every
+device, in which no device has more keys for a bucket than fit: nothing is ever dropped, and all
+that is sent about a row is sent in one round. What is sent and answered is in `exchange.py`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Buckets are made as for this many keys at least. Few keys do not spread evenly, and tables of a
+# few thousand rows are not spread at all (`spec.TableSpec`); their rows are cheap to send.
+_MIN_KEYS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One all-to-all of the way to a row's owner.
+
+    Attributes:
+        axis_names: mesh axes along which keys are sent.
+        all_axis_names: mesh axes of all devices that must do the same rounds.
+        num_buckets: devices along `axis_names`.
+        width: places of a bucket; keys of num_buckets * width or more are none.
+        bucket_size: most keys that a device sends to another in one round.
+    """
+
+    axis_names: tuple[str, ...]
+    all_axis_names: tuple[str, ...]
+    num_buckets: int
+    width: int
+    bucket_size: int
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys; also the key that means "no row"."""
+        return self.num_buckets * self.width
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """The part of a device's keys that is sent now. Fields are `Any`: a tree of a loop's body.
+
+    Attributes:
+        low: [] int32, first place of the range.
+        high: [] int32, the place behind its last one; the same on every device.
+        start: [num_buckets] int32, position of the first key of every bucket that is sent.
+        count: [num_buckets] int32, number of keys sent; at most `bucket_size`.
+    """
+
+    low: Any
+    high: Any
+    start: Any
+    count: Any
+
+
+def bucket_size(*, num_keys: int, capacity: int, num_buckets: int, width: int, slack: float) -> int:
+    """Keys of a bucket: `slack` times an even share of them, never more than there can be.
+
+    Args:
+        num_keys: keys that are to be expected: all buckets together hold `slack` times as many.
+        capacity: most keys that there can be.
+        num_buckets: number of buckets.
+        width: places of a bucket.
+        slack: see above.
+    """
+    share = math.ceil(slack * max(num_keys, _MIN_KEYS) / num_buckets)
+    return min(share, capacity, width)
+
+
+def next_round(keys: Int[Array, "capacity"], level: Level, low: Int[Array, ""]) -> Round:
+    """The widest range of places from `low` on in which every device's keys fit their buckets.
+
+    A range ends before the first key that does not fit anywhere, so at least `bucket_size` keys of
+    some device are sent before it: the number of rounds follows the fullest buckets.
+    """
+    first = level.width * jnp.arange(level.num_buckets, dtype=jnp.int32)
+    start = jnp.searchsorted(keys, first + low, method="compare_all").astype(jnp.int32)
+    over = keys.at[start + level.bucket_size].get(mode="fill", fill_value=level.num_keys)
+    fits_until = jnp.minimum(jnp.min(over - first), level.width)
+    high = jax.lax.pmin(fits_until, level.all_axis_names)
+    end = jnp.searchsorted(keys, first + high, method="compare_all").astype(jnp.int32)
+    return Round(low, high, start, end - start)
+
+
+def send_keys(
+    keys: Int[Array, "capacity"], level: Level, now: Round
+) -> Int[Array, "buckets bucket_size"]:
+    """Places that the other devices ask of this one, a line for each of them.
+
+    Every line is ascending; `level.width` where nothing was sent.
+    """
+    slot, is_sent = _slots(level, now)
+    first = level.width * jnp.arange(level.num_buckets, dtype=jnp.int32)
+    places = keys.at[slot].get(mode="clip") - first[:, None]
+    return _swap(jnp.where(is_sent, places, level.width), level)
+
+
+def send_values(
+    values: Float[Array, "capacity dim"], level: Level, now: Round
+) -> Float[Array, "buckets bucket_size dim"]:
+    """Values that the other devices send with their keys; zeros where nothing was sent."""
+    slot, is_sent = _slots(level, now)
+    picked = values.at[slot].get(mode="clip")
+    return _swap(jnp.where(is_sent[:, :, None], picked, 0), level)
+
+
+def return_values(
+    answers: Float[Array, "buckets bucket_size dim"],
+    keys: Int[Array, "capacity"],
+    level: Level,
+    now: Round,
+) -> tuple[Float[Array, "capacity dim"], Bool[Array, "capacity"]]:
+    """Answers on their way back: (values in the order of `keys`, which of them are of this round).
+
+    Args:
+        answers: what this device answers to the lines of `send_keys`.
+        keys: as given to `send_keys`.
+        level: same.
+        now: same.
+    """
+    returned = _swap(answers, level).reshape(-1, answers.shape[-1])
+    bucket = jnp.minimum(keys // level.width, level.num_buckets - 1)
+    place = keys - bucket * level.width
+    position = jnp.arange(keys.shape[0], dtype=jnp.int32)
+    slot = bucket * level.bucket_size + position - now.start[bucket]
+    is_now = (place >= now.low) & (place < now.high)
+    return returned.at[slot].get(mode="clip"), is_now
+
+
+def _slots(level: Level, now: Round):
+    """Position of the key in every slot of every bucket, and whether there is one."""
+    slot = jnp.arange(level.bucket_size, dtype=jnp.int32)[None, :]
+    return now.start[:, None] + slot, slot < now.count[:, None]
+
+
+def _swap(lines, level: Level):
+    """Line g to device g; the lines received are in the order of their devices."""
+    return jax.lax.all_to_all(lines, level.axis_names, split_axis=0, concat_axis=0, tiled=True)
