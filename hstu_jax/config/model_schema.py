@@ -126,7 +126,8 @@ class HstuConfig:
     output_postprocessor: Literal["l2norm", "layernorm", "timestamp_layernorm"] = "l2norm"
     timestamp_layernorm: TimestampLayerNormConfig = TimestampLayerNormConfig()
     # The window objective reads only each user's last position, so the last layer computes only
-    # that one: exact, and about 1.4 times fewer operations at the reference's size.
+    # that one: exact, and about 1.4 times fewer operations at the reference's size. The next-item
+    # objective trains all positions; there this is how evaluation computes its one.
     last_layer: Literal["last_position", "all_positions"] = "last_position"
     # Layers from the split layer on (counted from 0) see the contextual tokens and the newest
     # tail_len items of a history. Both 0 = off.
@@ -221,9 +222,26 @@ class ItemTowerConfig:
         )
 
 
+Objective = Literal["window", "next_item"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextItemConfig:
+    """Options of `objective="next_item"` (docs/model.md)."""
+
+    # The gap that a token's time row is read at, with use_time_encoding: from its event to the
+    # user's next one (to the request, for the last), or from the event before to its own.
+    time: Literal["next_request", "own"] = "next_request"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """HSTU Match: both towers and how they are compared."""
+
+    # "window": all positives of a window are asked for from its request, as in the reference.
+    # "next_item": in training every positive is asked for from the user's last event before it.
+    objective: Objective = "window"
+    next_item: NextItemConfig = NextItemConfig()
 
     user_tower: UserTowerConfig = UserTowerConfig()
     item_tower: ItemTowerConfig = ItemTowerConfig()

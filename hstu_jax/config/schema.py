@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from hstu_jax.config import feature_checks
+from hstu_jax.config import feature_checks, objective_checks
 from hstu_jax.config.checks import require, require_cutoffs
 from hstu_jax.config.data_schema import DataConfig
 from hstu_jax.config.feature_schema import IdFeature, RawFeature, SequenceConfig, column_of
@@ -110,6 +110,7 @@ class Config:
     def __post_init__(self):
         _check_groups(self)
         feature_checks.check(self)
+        objective_checks.check(self)
         _check_action_mlp(self)
         _check_tables(self)
         _check_widths(self)

@@ -27,6 +27,8 @@ OWN: dict[str, str] = {
     "data.negative_sampler.hard_sample_strategy": "the first hard negatives, or a random choice",
     "data.negative_sampler.exclude_positives": "leaves out hard negatives that are positives",
     "data.negative_sampler.max_unknown_share": "of a file's lines that name no user or item",
+    "model.objective": "a request a window, or one for every positive event",
+    "model.next_item.time": "next-item: the gap to a token's next event, or from the one before",
     "model.user_tower.encoder": "hstu, or mean: a mean-pooling baseline",
     "model.user_tower.hstu.stu.qk_bias_init": "initial bias of queries and keys",
     "model.user_tower.hstu.last_layer": "the last layer at the last position alone, or at all",

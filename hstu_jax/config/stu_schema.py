@@ -31,7 +31,8 @@ class StuConfig:
     sla_k1: int = 0
     sla_k2: int = 0
     # Tokens at the start that see each other and the whole history; negative = all contextual
-    # tokens, 0 = none: contextual tokens are then masked like history.
+    # tokens, 0 = none: contextual tokens are then masked like history. The next-item objective
+    # has none: they would show every token what comes after it.
     contextual_seq_len: int = -1
     # Computed again in the backward pass instead of kept: less memory, the same numbers.
     recompute_normed_x: bool = True  # the layer norm of the input

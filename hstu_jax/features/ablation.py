@@ -41,7 +41,10 @@ def apply(
     if kind == "no_time":
         zeros = np.zeros_like(batch.time_gap_s)
         return dataclasses.replace(
-            batch, time_gap_s=zeros, last_phase=np.zeros_like(batch.last_phase)
+            batch,
+            time_gap_s=zeros,
+            step_gap_s=None if batch.step_gap_s is None else zeros,
+            last_phase=np.zeros_like(batch.last_phase),
         )
     if kind == "shuffled_order":
         return _shuffle_order(batch, num_contextual, rng)

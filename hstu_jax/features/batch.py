@@ -118,7 +118,9 @@ class Batch:
 
     Slots outside every segment, unused users and masked queries hold zeros that nothing reads.
     A segment holds a user's C contextual slots, then the history from oldest to newest. A feature
-    is an id, -1 for none, or the float32 number of a raw feature without boundaries.
+    is an id, -1 for none, or the float32 number of a raw feature without boundaries. In training
+    batches of the next-item objective the events go on to the user's last query, and every query
+    asks from a token of its own (`next_item.py`).
 
     Attributes:
         segment_starts: first slot of each user, row * L + slot within the group; ascending; unused
@@ -130,7 +132,8 @@ class Batch:
         action: bitmask of what the user did with the item.
         watch_time_s: seconds watched.
         time_gap_s: query time minus event time in seconds, from int64 (docs/design.md); contextual
-            slots hold the query time itself, since their time is 0.
+            slots hold the query time itself, since their time is 0. The time of the last query in
+            training batches of the next-item objective.
         last_phase: where the user's last token lies in every period that the output postprocessor
             reads, in radians (`time_phases.py`); often there is none.
         contextual: feature -> the user's value, or V of them (ids: -1 behind the last).
@@ -149,6 +152,11 @@ class Batch:
         hard_negative_log_q: log probability with which the negative sampler draws the item.
         block_len: tokens in a block of the schedule (static).
         tail: the users after the truncation; None where no layer truncates.
+        query_slot: the token that each query asks from, row * L + slot within the group; R * L
+            where masked. None = every query asks from its user's last token.
+        step_gap_s: seconds to the user's next event or from the one before, which the tokens read
+            with the next-item objective; contextual slots hold `next_item.NO_GAP_S`. None = the
+            configuration reads none.
     """
 
     segment_starts: Int[AnyArray, "G U"]
@@ -175,6 +183,8 @@ class Batch:
     hard_negative_log_q: Float[AnyArray, "G U Hn"]
     block_len: int
     tail: Tail | None = None
+    query_slot: Int[AnyArray, "G Q"] | None = None
+    step_gap_s: Float[AnyArray, "G R L"] | None = None
 
     def sequence_layout(self) -> attention_layout.SequenceLayout:
         """Where every user's tokens lie among the rows of all groups, one group after the other."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from hstu_jax.data import event_store
-from hstu_jax.features import sequence_rules, time_phases
+from hstu_jax.features import next_item, sequence_rules, time_phases
 from hstu_jax.features.batch import Batch, BatchShape
 from hstu_jax.features.columns import BatchColumns
 from hstu_jax.features.hard_negatives import HardNegativeSampler
@@ -36,6 +36,8 @@ class BatchSource:
         sample_weight: weight of each window; None = all alike.
         tail_len: history items that layers behind the truncation see; 0 = no truncation.
         periods: of the output postprocessor, as for `time_phases`.
+        rows: training rows of the next-item objective; None = the windows' histories.
+        step_time: the gap that tokens read besides `time_gap_s`; None = none.
     """
 
     store: event_store.EventStore
@@ -48,6 +50,8 @@ class BatchSource:
     sample_weight: Float[np.ndarray, "windows"] | None = None
     tail_len: int = 0
     periods: tuple[tuple[int, int], ...] = ()
+    rows: next_item.TrainingRows | None = None
+    step_time: next_item.StepTime | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,9 +187,9 @@ def _tail(segment_arrays: dict, source: BatchSource, shape: BatchShape) -> dict:
 
 
 def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape) -> dict:
-    columns, windows = source.columns, source.store.windows
+    columns = source.columns
     lengths = _history_lengths(segments, source)
-    end = windows.history_end[segments.window]
+    end = _history_end(segments, source)
     first_slot = segments.group * (shape.rows * shape.row_len) + segments.start
     token_slot = _ranges(first_slot + source.num_contextual, lengths)
     event = _ranges(end - lengths, lengths)
@@ -198,7 +202,8 @@ def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape)
         )
 
     if columns.request_time_s is not None:
-        anchor = columns.request_time_s[segments.window]
+        requests = columns.request_time_s if source.rows is None else source.rows.request_time_s
+        anchor = requests[segments.window]
     else:
         # The newest event is the anchor (docs/model.md), and 0 where the history is empty.
         anchor = np.zeros(len(end), dtype=np.int64)
@@ -209,7 +214,16 @@ def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape)
     gap.reshape(-1)[token_slot] = np.repeat(anchor, lengths) - columns.timestamp_s[event]
     contextual_slot = first_slot[:, None] + np.arange(source.num_contextual)
     gap.reshape(-1)[contextual_slot] = anchor[:, None]
+    step_gap = None
+    if source.step_time is not None:
+        step_gap = np.zeros(size, dtype=np.float32)
+        step_gap.reshape(-1)[token_slot] = next_item.step_gaps(
+            columns.timestamp_s[event], lengths, anchor, kind=source.step_time
+        )
+        step_gap.reshape(-1)[contextual_slot] = next_item.NO_GAP_S
+        step_gap = step_gap.reshape(shape.groups, shape.rows, shape.row_len)
     return {
+        "step_gap_s": step_gap,
         "history": {
             name: fill(column, _dtype_of(column)) for name, column in columns.history.items()
         },
@@ -222,7 +236,7 @@ def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape)
 def _last_phases(segments: _Segments, source: BatchSource, shape: BatchShape) -> np.ndarray:
     """Phases of the newest event; of time 0, which contextual tokens have, without history."""
     has_history = _history_lengths(segments, source) > 0
-    newest = source.store.windows.history_end[segments.window[has_history]] - 1
+    newest = _history_end(segments, source)[has_history] - 1
     time_s = np.zeros(len(segments.window), dtype=np.int64)
     if source.periods:
         time_s[has_history] = source.columns.timestamp_s[newest]
@@ -238,14 +252,27 @@ def _positive_arrays(
     windows = source.store.windows
     first = windows.positive_offsets[segments.window]
     counts = windows.positive_offsets[segments.window + 1] - first
-    item = source.store.events.item_index[windows.positive_events[_ranges(first, counts)]]
+    positive = _ranges(first, counts)
+    if source.rows is not None:
+        positive = positive[source.rows.is_kept[positive]]
+        counts = source.rows.num_queries[segments.window]
+    item = source.store.events.item_index[windows.positive_events[positive]]
     group = np.repeat(segments.group, counts)
     group_counts = np.bincount(group, minlength=shape.groups)
     slot = _ranges(np.arange(shape.groups) * shape.queries, group_counts)
     size = (shape.groups, shape.queries)
     user = np.repeat(segments.slot - segments.group * shape.users, counts)
     positives = np.split(item, np.cumsum(group_counts)[:-1])
+    query_slot = None
+    if source.rows is not None:
+        query_slot = np.full(size, shape.rows * shape.row_len, dtype=np.int32)
+        # The last contextual token where no event precedes the positive, whatever the row holds.
+        rows, window = source.rows, np.repeat(segments.window, counts)
+        place = rows.query_end[positive] - rows.row_start[window]
+        place = np.maximum(place, 0) + source.num_contextual - 1
+        query_slot.reshape(-1)[slot] = np.repeat(segments.start, counts) + place
     return positives, {
+        "query_slot": query_slot,
         "positive": {
             name: _scatter(*size, _dtype_of(column), slot, column[item])
             for name, column in source.columns.candidate.items()
@@ -313,10 +340,15 @@ def positives_of(
     return np.repeat(np.arange(len(window)), counts), store.events.item_index[events]
 
 
+def _history_end(segments: _Segments, source: BatchSource) -> np.ndarray:
+    """One past the last event of every segment."""
+    ends = source.store.windows.history_end if source.rows is None else source.rows.row_end
+    return ends[segments.window]
+
+
 def _history_lengths(segments: _Segments, source: BatchSource) -> np.ndarray:
-    windows = source.store.windows
-    history = windows.history_end[segments.window] - windows.history_start[segments.window]
-    return np.minimum(history, source.max_seq_len)
+    start = source.store.windows.history_start[segments.window]
+    return np.minimum(_history_end(segments, source) - start, source.max_seq_len)
 
 
 def _scatter(rows: int, width: int, dtype: type, slot: np.ndarray, values) -> np.ndarray:

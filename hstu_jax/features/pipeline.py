@@ -23,6 +23,7 @@ from hstu_jax.features import (
     hard_negatives,
     item_weights,
     negatives,
+    next_item,
     packing,
     random_streams,
     sampler_inputs,
@@ -64,11 +65,12 @@ class Pipeline:
 
     Args:
         config: reads `seed`, `features`, `feature_groups`, `data` and, of the model, the history
-            length, the attention mask, the truncation and nothing else.
+            length, the attention mask, the truncation, the objective and nothing else.
         store: the opened event store.
         split: "train", "validation" or "test".
         order: "shuffled" = a new order every epoch; "stored" = every epoch in the store's order,
-            with negatives that depend neither on the seed nor on the epoch (evaluation).
+            with negatives that depend neither on the seed nor on the epoch, and one request a
+            window whatever the objective (evaluation).
 
     Attributes:
         source: what batches are made from; with `packing.build_batch`, for windows of one's choice.
@@ -90,10 +92,18 @@ class Pipeline:
         self._config, self._store, self._order = config, store, order
         self._evaluations: dict[str, Pipeline] = {}  # made once per split: it checks all ids
         max_seq_len = config.model.user_tower.max_seq_len
+        training_rows = _training_rows(config, store)
+        rows = training_rows if order == "shuffled" else None
         self._windows = windows.split_windows(
-            store, split=split, num_contextual=config.num_contextual, max_seq_len=max_seq_len
+            store,
+            split=split,
+            num_contextual=config.num_contextual,
+            max_seq_len=max_seq_len,
+            rows=rows,
         )
-        self._shapes = _shapes_of(config, store, is_evaluation=order == "stored")
+        self._shapes = shapes.run_shapes(
+            config, store, training_rows, is_evaluation=order == "stored"
+        )
         sampler, hard_sampler = _build_samplers(config.data.negative_sampler, store)
         weight_fields = config.data.sample_weight_fields
         self.source = packing.BatchSource(
@@ -108,7 +118,9 @@ class Pipeline:
             num_contextual=config.num_contextual,
             max_seq_len=max_seq_len,
             rule=sequence_rules.mask_rule(
-                config.model.user_tower.hstu.stu, num_contextual=config.num_contextual
+                config.model.user_tower.hstu.stu,
+                num_contextual=config.num_contextual,
+                objective=config.model.objective,
             ),
             hard_sampler=hard_sampler,
             sample_weight=sample_weights.read_sample_weights(store, weight_fields[0])
@@ -116,6 +128,8 @@ class Pipeline:
             else None,
             tail_len=sequence_rules.tail_len(config.model.user_tower),
             periods=config.model.user_tower.hstu.timestamp_layernorm.pairs,
+            rows=rows,
+            step_time=next_item.step_time(config),
         )
         self._schedule = windows.Schedule(
             self._windows,
@@ -131,8 +145,9 @@ class Pipeline:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out on reading, and missing or unknown in the features' columns."""
-        return (*self._store.features.notes, *self.source.columns.notes)
+        """What was left out on reading or has no query, and missing in the features' columns."""
+        rows = () if self.source.rows is None else (self.source.rows.note(),)
+        return (*rows, *self._store.features.notes, *self.source.columns.notes)
 
     def fingerprint(self) -> str:
         """Changes with everything that batches are read from; decides who may resume.
@@ -292,26 +307,19 @@ class Pipeline:
 
 def batch_shape(config: schema.Config, store: event_store.EventStore) -> BatchShape:
     """The largest shape of a training run, without making a pipeline."""
-    return _shapes_of(config, store, is_evaluation=False)[-1]
+    rows = _training_rows(config, store)
+    return shapes.run_shapes(config, store, rows, is_evaluation=False)[-1]
 
 
-def _shapes_of(
-    config: schema.Config, store: event_store.EventStore, *, is_evaluation: bool
-) -> tuple[BatchShape, ...]:
-    # Always from the training windows, so that evaluation has the shapes that training compiled.
-    history = np.asarray(store.windows.history_end) - np.asarray(store.windows.history_start)
-    used = np.minimum(history, config.model.user_tower.max_seq_len)
-    is_train = np.asarray(store.windows.split) == 0
-    sampler = config.data.negative_sampler
-    return shapes.batch_shapes(
-        config.data,
+def _training_rows(
+    config: schema.Config, store: event_store.EventStore
+) -> next_item.TrainingRows | None:
+    if config.model.objective == "window":
+        return None
+    return next_item.training_rows(
+        store,
         num_contextual=config.num_contextual,
         max_seq_len=config.model.user_tower.max_seq_len,
-        mean_history_len=float(used[is_train if is_train.any() else slice(None)].mean()),
-        max_positives=int(np.diff(store.windows.positive_offsets).max()),
-        num_negatives=(is_evaluation and sampler.num_eval_sample) or sampler.num_sample,
-        num_hard_negatives=sampler.num_hard_sample,
-        tail_len=sequence_rules.tail_len(config.model.user_tower),
     )
 
 

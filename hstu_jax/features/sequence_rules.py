@@ -14,16 +14,23 @@ from pallas_kernels.hstu_attention import layout as attention_layout
 from pallas_kernels.hstu_attention import mask as attention_mask
 
 
-def mask_rule(stu: model_schema.StuConfig, *, num_contextual: int) -> attention_mask.MaskRule:
+def mask_rule(
+    stu: model_schema.StuConfig,
+    *,
+    num_contextual: int,
+    objective: model_schema.Objective = "window",
+) -> attention_mask.MaskRule:
     """The attention mask of every layer.
 
     Args:
         stu: `stu` section.
         num_contextual: C, contextual tokens in front of every history.
+        objective: with "next_item" contextual tokens are masked like history: if they saw what
+            comes after them, every token would see its own answer through them.
     """
-    is_default = stu.contextual_seq_len < 0
+    contextual_len = num_contextual if stu.contextual_seq_len < 0 else stu.contextual_seq_len
     return attention_mask.MaskRule(
-        contextual_len=num_contextual if is_default else stu.contextual_seq_len,
+        contextual_len=0 if objective == "next_item" else contextual_len,
         max_attn_len=stu.max_attn_len,
         sla_k1=stu.sla_k1,
         sla_k2=stu.sla_k2,

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hstu_jax.data import event_store
-from hstu_jax.features import random_streams
+from hstu_jax.features import next_item, random_streams
 from hstu_jax.features.batch import BatchShape
 
 # Windows passed over because they do not fit a group's rest, before the group is closed. They open
@@ -52,7 +52,12 @@ class SplitWindows:
 
 
 def split_windows(
-    store: event_store.EventStore, *, split: str, num_contextual: int, max_seq_len: int
+    store: event_store.EventStore,
+    *,
+    split: str,
+    num_contextual: int,
+    max_seq_len: int,
+    rows: next_item.TrainingRows | None = None,
 ) -> SplitWindows:
     """Reads the sizes of a split's windows.
 
@@ -61,21 +66,32 @@ def split_windows(
         split: "train", "validation" or "test".
         num_contextual: C, contextual tokens in front of every history.
         max_seq_len: history items kept, the newest.
+        rows: sizes of the next-item objective's training rows, which go on past the history;
+            windows without a query are left out. None = the history alone.
 
     Raises:
-        ValueError: the split has no window.
+        ValueError: the split has no window, or none with a query.
     """
     windows = store.windows_of_split(split)
     if len(windows) == 0:
         is_rows = store.features.window is not None
         advice = "give files whose rows have candidates" if is_rows else "prepare data of more days"
         raise ValueError(f"split={split!r}: {store.path} has no such window; {advice}.")
-    history = store.windows.history_end[windows] - store.windows.history_start[windows]
+    end, num_positives = store.windows.history_end, np.diff(store.windows.positive_offsets)
+    if rows is not None:
+        end, num_positives = rows.row_end, rows.num_queries
+        windows = windows[num_positives[windows] > 0]
+        if len(windows) == 0:
+            raise ValueError(
+                f"split={split!r}: no positive of {store.path} has an event before it to ask from; "
+                "use model.objective='window', or give feature_groups.contextual a feature."
+            )
+    history = end[windows] - store.windows.history_start[windows]
     used = np.minimum(history, max_seq_len)
     return SplitWindows(
         windows=windows,
         lengths=used + num_contextual,
-        num_positives=np.diff(store.windows.positive_offsets)[windows],
+        num_positives=num_positives[windows],
         dropped_tokens=history - used,
     )
 

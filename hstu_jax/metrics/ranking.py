@@ -54,8 +54,31 @@ def sampled_hits(
     # blocks of queries: all rows at once would be the [Q, M] matrix that nobody stores.
     queries = (row.reshape(-1), positive_scores.reshape(-1))
     num_ahead = jax.lax.map(count_ahead, queries, batch_size=_QUERY_BLOCK)
+    return hits_of_counts(
+        num_ahead.reshape(positive_scores.shape),
+        positive_scores=positive_scores,
+        query_mask=query_mask,
+        cutoffs=cutoffs,
+    )
+
+
+def hits_of_counts(
+    num_ahead: Int[Array, "G Q"],
+    *,
+    positive_scores: Float[Array, "G Q"],
+    query_mask: Bool[Array, "G Q"],
+    cutoffs: tuple[int, ...],
+) -> tuple[Float[Array, "k"], Float[Array, ""]]:
+    """Hits per cutoff and rows, as `sampled_hits`, from negatives that are counted already.
+
+    Args:
+        num_ahead: negatives that do not score below each query's positive.
+        positive_scores: of each query; NaN is no hit.
+        query_mask: queries in use.
+        cutoffs: the k, each at least 1.
+    """
     is_query = query_mask & ~jnp.isnan(positive_scores)
-    num_ahead = jnp.where(is_query.reshape(-1), num_ahead, max(cutoffs))
+    num_ahead = jnp.where(is_query, num_ahead, max(cutoffs))
     hits = [jnp.sum(num_ahead < cutoff, dtype=jnp.float32) for cutoff in cutoffs]
     return jnp.stack(hits), jnp.sum(query_mask, dtype=jnp.float32)
 

@@ -1,7 +1,8 @@
-"""Tokens of a batch -> one vector per user: the HSTU encoder and the mean-pooling baseline.
+"""Tokens of a batch -> one vector per user, or per query: the HSTU encoder and the mean baseline.
 
-preprocess -> positions and times -> dropout -> STU stack -> postprocess -> last token; the formulas
-are in docs/model.md. The mean encoder leaves the stack out and averages instead. Next: `towers.py`.
+preprocess -> positions and times -> dropout -> STU stack -> last token -> postprocess; the formulas
+are in docs/model.md. The mean encoder leaves the stack out and averages instead. Batches of the
+next-item objective name a token per query, and have a vector for each. Next: `towers.py`.
 """
 
 from typing import Literal
@@ -129,13 +130,24 @@ class Encoder(nn.Module):
             tokens,
             position=sequence.tokens.position,
             segment_len=jnp.asarray(layout.lengths)[jnp.maximum(segment, 0)],
-            time_gap_s=batch.time_gap_s.reshape(-1, row_len),
+            time_gap_s=self._read_gaps(batch).reshape(-1, row_len),
             token_mask=token_mask,
         )
         tokens = dropout.dropout(
             tokens, rate=self.input_dropout_ratio, key=input_key, identity=sequence.tokens
         )
         return tokens, sequence, segment
+
+    def _read_gaps(self, batch: features_batch.Batch) -> Float[Array, "G R L"]:
+        positions = self.positions
+        if positions.counting == "reference" or not positions.use_time_encoding:
+            return batch.time_gap_s
+        if batch.step_gap_s is None:
+            raise ValueError(
+                "batch.step_gap_s=None: the next-item objective reads gaps between events; make "
+                "the batches with the model's own configuration."
+            )
+        return batch.step_gap_s
 
     def postprocess(
         self, x: Float[Array, "S D"], phase: Float[Array, "S P"]
@@ -167,6 +179,23 @@ class Encoder(nn.Module):
         is_used = jnp.asarray(sequence.layout.lengths) > 0
         return jnp.where(is_used[:, None], x, 0.0)
 
+    def finish_queries(
+        self, x: Float[Array, "GR L D"], batch: features_batch.Batch
+    ) -> Float[Array, "GQ D"]:
+        """Postprocessed float32 vectors of the tokens that queries ask from; zeros where masked.
+
+        Args:
+            x: the encoder's output at every position; output i must depend on tokens up to i only.
+            batch: of the next-item objective.
+        """
+        groups, rows, row_len = batch.time_gap_s.shape
+        num_slots = rows * row_len
+        slot = batch.query_slot + num_slots * jnp.arange(groups, dtype=jnp.int32)[:, None]
+        slot = jnp.where(batch.query_mask, slot, groups * num_slots).reshape(-1)
+        x = x.reshape(-1, x.shape[-1]).at[slot].get(mode="fill", fill_value=0)
+        x = self.postprocess(x.astype(jnp.float32), jnp.zeros((slot.shape[0], 0)))
+        return jnp.where(batch.query_mask.reshape(-1, 1), x, 0.0)
+
 
 class HstuEncoder(Encoder):
     """The STU stack's output at each user's last token.
@@ -174,7 +203,8 @@ class HstuEncoder(Encoder):
     Attributes:
         stack: the layers.
         last_layer: compute the last layer at all positions, or only where it is read. The same
-            numbers; "all_positions" exists for models that read every position, and as a check.
+            numbers; "all_positions" is a check. Batches whose queries have tokens of their own
+            need all positions anyway.
 
     Source: TorchEasyRec 1.3.16, HSTU match encoder; docs/model.md.
     """
@@ -190,7 +220,7 @@ class HstuEncoder(Encoder):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "S D"]:
-        """One vector per user slot, groups flattened."""
+        """One vector per user slot, or per query if the batch names their tokens; groups flat."""
         stack_key = _fold(dropout_key, _STACK)
         x, sequence, _ = self.embed(history, contextual, batch, dropout_key=dropout_key)
         tail = None
@@ -199,6 +229,8 @@ class HstuEncoder(Encoder):
             layout = batch.tail.sequence_layout()
             tail = build_tail(sequence, layout, contextual_len=contextual_len)
         options = dict(tail=tail, dropout_key=stack_key)
+        if batch.query_slot is not None:
+            return self.finish_queries(self.stack(x, sequence, **options), batch)
         if self.last_layer == "last_position":
             x = self.stack.last_position(x, sequence, **options)
         else:
@@ -208,7 +240,10 @@ class HstuEncoder(Encoder):
 
 
 class MeanEncoder(Encoder):
-    """The mean of a user's tokens: what a model without sequence layers can do with the inputs."""
+    """The mean of a user's tokens: what a model without sequence layers can do with the inputs.
+
+    For queries with tokens of their own: of the tokens up to that one.
+    """
 
     def __call__(
         self,
@@ -218,8 +253,10 @@ class MeanEncoder(Encoder):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "S D"]:
-        """One vector per user slot, groups flattened."""
+        """One vector per user slot, or per query if the batch names their tokens; groups flat."""
         x, sequence, segment = self.embed(history, contextual, batch, dropout_key=dropout_key)
+        if batch.query_slot is not None:
+            return self.finish_queries(_running_means(x, sequence.tokens.position), batch)
         lengths = jnp.asarray(sequence.layout.lengths)
         num_users = lengths.shape[0]
         # Padding goes to a bin of its own, past the users.
@@ -227,6 +264,23 @@ class MeanEncoder(Encoder):
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         total = jax.ops.segment_sum(flat, bins, num_segments=num_users + 1)[:num_users]
         return self.finish(total / jnp.maximum(lengths, 1)[:, None], sequence, batch)
+
+
+def _running_means(x: Float[Array, "R L D"], position: Int[Array, "R L"]) -> Float[Array, "R L D"]:
+    """Mean of each token and those before it in its segment, in float32; padding means nothing.
+
+    A scan that starts anew where a segment does: differences of a plain running sum would carry
+    rounding, and gradients, from one segment into the next.
+    """
+
+    def add(left, right):
+        (left_starts, left_sum), (right_starts, right_sum) = left, right
+        total = jnp.where(right_starts, right_sum, left_sum + right_sum)
+        return left_starts | right_starts, total
+
+    starts = (position == 0)[..., None]
+    _, total = jax.lax.associative_scan(add, (starts, x.astype(jnp.float32)), axis=1)
+    return total / (position + 1)[..., None]
 
 
 def _fold(dropout_key, number):

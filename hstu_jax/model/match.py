@@ -40,7 +40,8 @@ class Towers:
     """Vectors of one shard. Fields are `Any`: trees of this shape also hold specs.
 
     Attributes:
-        user: [G, U, E] per user slot; zeros in unused slots.
+        user: [G, U, E] per user slot; zeros in unused slots. In training batches of the next-item
+            objective [G, Q, E] per query; zeros in masked ones.
         positive: [G, Q, E] per query; finite and meaningless where the query is masked.
         negative: [G, M, E] per negative.
         hard_negative: [G, U, Hn, E] per hard negative of a user; finite and meaningless where
@@ -125,8 +126,8 @@ class HstuMatch(nn.Module):
         contextual: Float[Array | np.ndarray, "G U C Cf"],
         batch: features_batch.Batch,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "G U E"]:
-        """User vectors alone; see `__call__`."""
+    ) -> Float[Array, "G _ E"]:
+        """User vectors alone, or those of the queries; see `Towers`."""
         history, contextual, batch = jax.tree.map(jnp.asarray, (history, contextual, batch))
         return self.user_tower(history, contextual, batch, dropout_key=dropout_key)
 
@@ -235,7 +236,9 @@ def _build_encoder(config, widths):
     shared = dict(
         preprocess=_build_preprocessor(hstu, widths),
         positions=positional_encoder.PositionalEncoder(
-            **dataclasses.asdict(hstu.positional_encoder), contextual_len=widths.contextual_len
+            **dataclasses.asdict(hstu.positional_encoder),
+            contextual_len=widths.contextual_len,
+            counting="forward" if config.objective == "next_item" else "reference",
         ),
         input_dropout_ratio=hstu.input_dropout_ratio,
         postprocessor=hstu.output_postprocessor,
@@ -248,6 +251,7 @@ def _build_encoder(config, widths):
             contextual_len=widths.contextual_len,
             max_seq_len=config.user_tower.max_seq_len,
             implementation=config.kernel,
+            objective=config.objective,
         )
         for _ in range(hstu.attn_num_layers)
     )
@@ -290,6 +294,7 @@ def build_stu_layer(
     contextual_len: int,
     max_seq_len: int,
     implementation: str = "auto",
+    objective: model_schema.Objective = "window",
 ) -> stu.StuLayer:
     """One layer of the stack.
 
@@ -298,6 +303,7 @@ def build_stu_layer(
         contextual_len: C, contextual tokens of a user.
         max_seq_len: divisor of attention where `scaling_seqlen` is negative.
         implementation: of the attention.
+        objective: decides about the mask of contextual tokens.
     """
     return stu.StuLayer(
         embedding_dim=config.embedding_dim,
@@ -308,7 +314,7 @@ def build_stu_layer(
         output_dropout_ratio=config.output_dropout_ratio,
         alpha=config.attn_alpha or config.attention_dim**-0.5,
         divisor=float(config.scaling_seqlen if config.scaling_seqlen > 0 else max_seq_len),
-        rule=sequence_rules.mask_rule(config, num_contextual=contextual_len),
+        rule=sequence_rules.mask_rule(config, num_contextual=contextual_len, objective=objective),
         qk_bias_init=config.qk_bias_init,
         implementation=implementation,
         recompute_normed_x=config.recompute_normed_x,
@@ -357,5 +363,6 @@ def _smallest_inputs(widths, *, has_tail):
         hard_negative_log_q=jnp.zeros((1, 1, 0)),
         tail=features_batch.Tail(**segments, row_len=num_slots) if has_tail else None,
         last_phase=jnp.zeros((1, 1, widths.phases)),
+        step_gap_s=slots.astype(jnp.float32),
     )
     return lookups, batch

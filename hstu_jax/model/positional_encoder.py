@@ -1,8 +1,12 @@
 """Scales the tokens and adds where and when they stand (docs/model.md).
 
 With time encoding, positions count backwards from the newest event and a second table is read at
-the event's age (`time_buckets.py`); without, positions count from the front. Used by `encoder.py`.
+the event's age (`time_buckets.py`); without, positions count from the front. Where every position
+is trained they count from the front in both cases, and the second table is read at a gap between
+neighbouring events: from the front a token does not tell how many follow. Used by `encoder.py`.
 """
+
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -60,9 +64,10 @@ class PositionalEncoder(nn.Module):
         time_bucket_fn: how ages are compressed.
         time_bucket_increments: seconds.
         contextual_len: C.
+        counting: "reference" as above, or "forward" with time encoding too.
 
     Source: TorchEasyRec 1.3.16, tzrec/modules/gr/positional_encoder.py; docs/model.md. Positions of
-    contextual tokens past the table saturate here and fail there.
+    contextual tokens past the table saturate here and fail there. "forward" is ours.
     """
 
     num_position_buckets: int
@@ -71,6 +76,7 @@ class PositionalEncoder(nn.Module):
     time_bucket_fn: time_buckets.BucketFn
     time_bucket_increments: float
     contextual_len: int
+    counting: Literal["reference", "forward"] = "reference"
 
     @nn.compact
     def __call__(
@@ -90,6 +96,7 @@ class PositionalEncoder(nn.Module):
             position: position of each slot in its segment.
             segment_len: length of each slot's segment.
             time_gap_s: request time minus event time; the request time itself for contextual slots.
+                With "forward", `Batch.step_gap_s`.
             token_mask: slots that hold a token.
             num_targets: targets at the end of each slot's segment; None = none (HSTU Match).
 
@@ -104,13 +111,17 @@ class PositionalEncoder(nn.Module):
             (num_positions, width),
         )
         history_end = segment_len if num_targets is None else segment_len - num_targets
-        if self.use_time_encoding:
+        if self.use_time_encoding and self.counting == "reference":
             row = backward_positions(
                 position,
                 history_end,
                 contextual_len=self.contextual_len,
                 num_position_buckets=num_positions,
             )
+        else:
+            row = forward_positions(position, history_end, num_position_buckets=num_positions)
+        added = positions.at[row].get(mode="clip")
+        if self.use_time_encoding:
             times = self.param(
                 "time_embedding",
                 linear.symmetric_uniform(self.num_time_buckets**-0.5),
@@ -122,9 +133,6 @@ class PositionalEncoder(nn.Module):
                 increments=self.time_bucket_increments,
                 fn=self.time_bucket_fn,
             )
-            added = times.at[bucket].get(mode="clip") + positions.at[row].get(mode="clip")
-        else:
-            row = forward_positions(position, history_end, num_position_buckets=num_positions)
-            added = positions.at[row].get(mode="clip")
+            added = times.at[bucket].get(mode="clip") + added
         encoded = (width**0.5 * x + added).astype(x.dtype)
         return jnp.where(token_mask[..., None], encoded, 0.0)

@@ -40,15 +40,16 @@ class UserTower(nn.Module):
         batch: features_batch.Batch,
         *,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "G U E"]:
-        """One vector per user slot; zeros in unused slots."""
+    ) -> Float[Array, "G _ E"]:
+        """One vector per user slot, zeros in unused ones; or, if the batch names the tokens that
+        queries ask from, one per query, [G, Q, E], zeros where masked."""
         x = self.encoder(history, contextual, batch, dropout_key=dropout_key)
         if self.output_dim:
             x = self.output(x)
         if self.normalize:
             x = normalization.l2_normalize(x)
-        x = x.reshape(*batch.user_mask.shape, -1)
-        return jnp.where(batch.user_mask[..., None], x, 0.0)
+        mask = batch.user_mask if batch.query_slot is None else batch.query_mask
+        return jnp.where(mask[..., None], x.reshape(*mask.shape, -1), 0.0)
 
 
 class ItemTower(nn.Module):

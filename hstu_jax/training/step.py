@@ -17,14 +17,14 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from hstu_jax.config import schema, train_schema
 from hstu_jax.features import batch as batch_lib
-from hstu_jax.losses import sampled_softmax
-from hstu_jax.metrics import ranking
+from hstu_jax.losses import query_softmax, sampled_softmax
 from hstu_jax.model import feature_lookup, match
 from hstu_jax.tables import exchange, lookup, optimizers, update
 from hstu_jax.tables import spec as table_spec
 from hstu_jax.training import gradients as gradients_lib
 from hstu_jax.training import optimizer as optimizer_lib
-from hstu_jax.training import partition, schedules, state
+from hstu_jax.training import partition, schedules, state, step_metrics
+from hstu_jax.training.step_metrics import StepMetrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,29 +52,6 @@ class Program:
     def spec(self, table: str) -> table_spec.TableSpec:
         """The table of that name."""
         return next(spec for spec in self.specs if spec.name == table)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepMetrics:
-    """Sums of one step over the whole global batch. Fields are `Any`: such trees hold specs too.
-
-    Attributes:
-        loss_sum: sum of the queries' losses; with sample weights their weighted mean times the
-            number of queries, so that a mean over steps counts queries.
-        num_queries: number of queries (positives).
-        num_users: number of users.
-        num_tokens: token slots in use, contextual ones included.
-        recall_hits: [len(recall_at_k)] queries whose positive is among the k best.
-        num_not_finite: values of the gradients that are not finite; 0 in evaluation.
-    """
-
-    loss_sum: Any
-    num_queries: Any
-    num_users: Any
-    num_tokens: Any
-    recall_hits: Any
-    num_not_finite: Any
 
 
 def make_program(config: schema.Config, *, run_length: schedules.RunLength) -> Program:
@@ -163,11 +140,11 @@ def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGra
     train, first = program.config.train, train_state.step
     num_batches, tables = train.gradient_accumulation_steps, train_state.tables
     if num_batches == 1:
-        total = _total_weight(program, batch)
+        total = step_metrics.total_weight(program.config, batch)
         return batch_gradients(program, train_state, batch, number=first, divisor=total), tables
     total = None
     if train.gradient_accumulation_mode == "mean":
-        total = sum(_total_weight(program, each) for each in batch)
+        total = sum(step_metrics.total_weight(program.config, each) for each in batch)
 
     def gradients_of(tables, batch_stats, each, number):
         return batch_gradients(
@@ -175,7 +152,7 @@ def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGra
             dataclasses.replace(train_state, tables=tables, batch_stats=batch_stats),
             each,
             number=first * num_batches + number,
-            divisor=_total_weight(program, each) if total is None else total,
+            divisor=step_metrics.total_weight(program.config, each) if total is None else total,
         )
 
     def update_now(tables, rows, number):
@@ -239,7 +216,7 @@ def batch_gradients(
     return gradients_lib.BatchGradients(
         params=param_grads,
         rows={table: (unique[table], row_grads[table]) for table in row_grads},
-        metrics=_metrics(program, scores, batch, num_not_finite=num_not_finite),
+        metrics=step_metrics.sums(program.config, scores, batch, num_not_finite=num_not_finite),
         batch_stats=batch_stats,
     )
 
@@ -292,7 +269,9 @@ def eval_step(
     inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
     towers = program.model.apply(train_state.variables(), inputs, batch)
     scores = score(program, towers, batch)
-    return _metrics(program, scores, batch, num_not_finite=jnp.float32(0)), towers.user
+    return step_metrics.sums(
+        program.config, scores, batch, num_not_finite=jnp.float32(0)
+    ), towers.user
 
 
 def item_step(
@@ -317,8 +296,21 @@ def item_step(
 
 def score(
     program: Program, towers: match.Towers, batch: batch_lib.Batch
-) -> sampled_softmax.SampledSoftmax:
-    """Loss sum and scores of both towers' vectors."""
+) -> sampled_softmax.SampledSoftmax | query_softmax.QuerySoftmax:
+    """Loss sum and scores of both towers' vectors: of users, or of queries that have their own."""
+    query_weight = step_metrics.query_weight(program.config, batch)
+    if batch.query_slot is not None:
+        return query_softmax.query_softmax(
+            query=towers.user,
+            positive=towers.positive,
+            negative=towers.negative,
+            query_mask=batch.query_mask,
+            positive_log_q=batch.positive_log_q,
+            negative_log_q=batch.negative_log_q,
+            temperature=program.config.model.temperature,
+            log_q_correction=program.config.loss.log_q_correction,
+            query_weight=query_weight,
+        )
     return sampled_softmax.sampled_softmax(
         user=towers.user,
         positive=towers.positive,
@@ -329,7 +321,7 @@ def score(
         negative_log_q=batch.negative_log_q,
         temperature=program.config.model.temperature,
         log_q_correction=program.config.loss.log_q_correction,
-        query_weight=_query_weight(program, batch),
+        query_weight=query_weight,
         hard=sampled_softmax.HardNegatives(
             vectors=towers.hard_negative,
             mask=batch.hard_negative_mask,
@@ -355,45 +347,3 @@ def fetch(
             train_state.tables[table].weights, unique[table], axis_names=partition.AXES
         )
     return unique, picked
-
-
-def _query_weight(program, batch) -> Float[Array, "G Q"] | None:
-    """The weight of each query's user, or None where none are configured."""
-    if not program.config.data.sample_weight_fields:
-        return None
-    return jnp.take_along_axis(batch.sample_weight, batch.positive_user, axis=1)
-
-
-def _total_weight(program, batch) -> Float[Array, ""]:
-    """Sum of the weights of all queries of the whole mesh: their number without weights."""
-    weight = _query_weight(program, batch)
-    if weight is None:
-        weight = jnp.ones_like(batch.query_mask, dtype=jnp.float32)
-    return jax.lax.psum(jnp.sum(jnp.where(batch.query_mask, weight, 0)), partition.AXES)
-
-
-def _metrics(program, scores, batch, *, num_not_finite) -> StepMetrics:
-    """Sums over the whole mesh."""
-    hits, num_queries = ranking.sampled_hits(
-        positive_scores=scores.positive_scores,
-        negative_scores=jnp.concatenate(
-            [scores.negative_scores, scores.hard_negative_scores], axis=-1
-        ),
-        positive_user=batch.positive_user,
-        query_mask=batch.query_mask,
-        cutoffs=program.config.metrics.recall_at_k,
-    )
-    sums = StepMetrics(
-        loss_sum=scores.loss_sum,
-        num_queries=num_queries,
-        num_users=jnp.sum(batch.user_mask, dtype=jnp.float32),
-        num_tokens=jnp.sum(batch.segment_lengths).astype(jnp.float32),
-        recall_hits=hits,
-        num_not_finite=num_not_finite,
-    )
-    sums = jax.lax.psum(sums, partition.AXES)
-    if not program.config.data.sample_weight_fields:
-        return sums
-    total = _total_weight(program, batch)
-    mean = sums.loss_sum / jnp.where(total > 0, total, 1.0)
-    return dataclasses.replace(sums, loss_sum=mean * sums.num_queries)

@@ -212,7 +212,10 @@ def _attention_grad(config, batch):
     user_tower = config.model.user_tower
     stu = user_tower.hstu.stu
     layer = match.build_stu_layer(
-        stu, contextual_len=config.num_contextual, max_seq_len=user_tower.max_seq_len
+        stu,
+        contextual_len=config.num_contextual,
+        max_seq_len=user_tower.max_seq_len,
+        objective=config.model.objective,
     )
     layout = batch.sequence_layout()
     grid = (layout.num_rows, layout.row_len, stu.num_heads)
@@ -236,7 +239,9 @@ def _attention_grad(config, batch):
         flat = x.reshape(-1, *x.shape[2:])[: layout.num_rows * layout.row_len]
         return flat.reshape(layout.num_rows, layout.row_len, *x.shape[2:])
 
-    ends_at_one_token = user_tower.hstu.last_layer == "last_position"
+    ends_at_one_token = (
+        user_tower.hstu.last_layer == "last_position" and config.model.objective == "window"
+    )
     num_layers = user_tower.hstu.attn_num_layers
     last_layout = layout_of(num_layers - 1)
     last_slot = encoder.build_sequence(last_layout, batch.user_index.reshape(-1))[0].last_slot

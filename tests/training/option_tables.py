@@ -78,6 +78,8 @@ CHANGES_BATCH = {
     "data.negative_sampler.num_sample": (16, {}),
     "data.negative_sampler.weight_exponent": (1.0, {}),
     "model.user_tower.max_seq_len": (12, {}),
+    "model.objective": ("next_item", {}),
+    "model.next_item.time": ("own", {"model.objective": "next_item"}),
     f"{_PHASES}.time_duration_period_units": ((60,), _WAVES),
     f"{_PHASES}.time_duration_units_per_period": ((12,), _WAVES),
     f"{_HSTU}.attn_truncation_split_layer": (

@@ -1,0 +1,212 @@
+"""Sampled softmax where every query has a vector of its own: the loss of the next-item objective.
+
+The formula is that of `sampled_softmax.py`; what differs is that no two queries share their scores,
+so `[Q, M]` scores are needed, and they are never kept: a block of queries at a time is scored, and
+its gradient is taken in the same pass. One exp per score and three products, forward and backward.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# Scores of a block, over all groups: 4 MiB, which stays in a CPU's cache between its uses.
+_BLOCK_SCORES = 2**20
+_PRECISE = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuerySoftmax:
+    """Sums and scores of one shard. Fields are `Any`: trees of this shape also hold specs.
+
+    Attributes:
+        loss_sum: [] sum of (weighted) losses of the queries in use; the only field with a gradient.
+        positive_scores: [G, Q] <query, positive> / temperature, no correction; 0 where masked.
+        num_ahead: [G, Q] negatives that do not score below the positive.
+    """
+
+    loss_sum: Any
+    positive_scores: Any
+    num_ahead: Any
+
+
+def query_softmax(
+    *,
+    query: Float[Array, "G Q E"],
+    positive: Float[Array, "G Q E"],
+    negative: Float[Array, "G M E"],
+    query_mask: Bool[Array, "G Q"],
+    positive_log_q: Float[Array, "G Q"],
+    negative_log_q: Float[Array, "G M"],
+    temperature: float,
+    log_q_correction: bool,
+    query_weight: Float[Array, "G Q"] | None = None,
+    block_scores: int = _BLOCK_SCORES,
+) -> QuerySoftmax:
+    """Loss sum of sampled softmax with the positive as the right class.
+
+    score = <query, item> / temperature, z = score - log q (or score, without the correction);
+    loss[q] = log(exp(z_pos[q]) + sum_m exp(z_neg[q, m])) - z_pos[q].
+
+    Args:
+        query: user vectors at the queries, normalised by the caller if the similarity is cosine;
+            masked slots may hold anything.
+        positive: item vectors of the positives, likewise.
+        negative: item vectors of the negatives, shared by the group; M may be 0, then losses are 0.
+        query_mask: queries in use.
+        positive_log_q: log of the probability with which the sampler draws the positive.
+        negative_log_q: the same of each negative.
+        temperature: above 0.
+        log_q_correction: subtract log q.
+        query_weight: weight of each query's loss, at least 0; None weighs all alike.
+        block_scores: scores of a block, about; changes memory, and sums only in their order.
+
+    Returns:
+        `QuerySoftmax`. With no query in use the sum is 0 and gradients are zero, not NaN.
+
+    Raises:
+        ValueError: temperature not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0; 0.05 is the seed's value.")
+    weight = query_mask.astype(jnp.float32)
+    if query_weight is not None:
+        weight = jnp.where(query_mask, query_weight, 0).astype(jnp.float32)
+    positive_log_q = jnp.where(query_mask, positive_log_q, 0)
+    if not log_q_correction:
+        positive_log_q = jnp.zeros_like(positive_log_q)
+        negative_log_q = jnp.zeros_like(negative_log_q)
+    # Unused inputs are cut off here: 0 * NaN in a backward pass would reach the shared negatives.
+    loss_sum, scores, num_ahead = _total(
+        jnp.where(query_mask[..., None], query, 0),
+        jnp.where(query_mask[..., None], positive, 0),
+        negative,
+        (weight, positive_log_q, negative_log_q),
+        temperature,
+        block_scores,
+    )
+    return QuerySoftmax(loss_sum=loss_sum, positive_scores=scores, num_ahead=num_ahead)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _total(query, positive, negative, constants, temperature, block_scores):
+    """Loss sum, scores of the positives and how many negatives reach them."""
+    terms, _ = _scan_blocks(query, positive, negative, constants, temperature, block_scores)
+    return jnp.sum(terms.loss), terms.score, terms.num_ahead
+
+
+def _total_forward(query, positive, negative, constants, temperature, block_scores):
+    # The loss sum is linear in the queries' losses, so gradients are ready but for a factor.
+    terms, to_negative = _scan_blocks(
+        query, positive, negative, constants, temperature, block_scores, with_gradients=True
+    )
+    out = (jnp.sum(terms.loss), terms.score, terms.num_ahead)
+    return out, (terms.to_query, terms.to_positive, to_negative, constants)
+
+
+def _total_backward(temperature, block_scores, saved, cotangents):
+    del temperature, block_scores
+    *gradients, constants = saved
+    zeros = jax.tree.map(jnp.zeros_like, constants)
+    return *(cotangents[0] * gradient for gradient in gradients), zeros
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Terms:
+    """What a block gives for each of its queries: [G, q], the gradients [G, q, E] or None."""
+
+    loss: Any
+    score: Any
+    num_ahead: Any
+    to_query: Any = None
+    to_positive: Any = None
+
+
+def _scan_blocks(
+    query, positive, negative, constants, temperature, block_scores, *, with_gradients=False
+):
+    """`_Terms` of all queries and the gradient of the negatives or None, block after block."""
+    weight, positive_log_q, negative_log_q = constants
+    groups, num_queries, _ = query.shape
+    size = max(block_scores // max(groups * negative.shape[1], 1), 1)
+    run = functools.partial(
+        _block,
+        negative=negative,
+        negative_log_q=negative_log_q,
+        temperature=temperature,
+        with_gradients=with_gradients,
+    )
+    inputs = (query, positive, weight, positive_log_q)
+    if size >= num_queries:
+        return run(*inputs)
+    num_blocks = -(-num_queries // size)
+
+    def cut(x):  # [G, Q, ...] -> [blocks, G, size, ...]
+        padding = ((0, 0), (0, num_blocks * size - num_queries), *((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(
+            jnp.pad(x, padding).reshape(groups, num_blocks, size, *x.shape[2:]), 1, 0
+        )
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(groups, num_blocks * size, *x.shape[3:])[
+            :, :num_queries
+        ]
+
+    def step(total, block):
+        terms, to_negative = run(*block)
+        return (total + to_negative if with_gradients else None), terms
+
+    start = jnp.zeros(negative.shape, jnp.float32) if with_gradients else None
+    to_negative, terms = jax.lax.scan(step, start, jax.tree.map(cut, inputs))
+    return jax.tree.map(join, terms), to_negative
+
+
+def _block(
+    query,
+    positive,
+    weight,
+    positive_log_q,
+    *,
+    negative,
+    negative_log_q,
+    temperature,
+    with_gradients,
+):
+    """Losses of some queries and, with z = score - log q, o = log sum_m exp(z_m), c = weight
+    sigmoid(o - z_pos), their gradients:
+
+    d query = c (sum_m softmax(z)_m negative_m - positive) / temperature, d positive = -c query /
+    temperature, d negative_m = sum over the queries of c softmax(z)_m query / temperature.
+    """
+    score = jnp.einsum("gqe,gqe->gq", query, positive, **_PRECISE) / temperature
+    scores = jnp.einsum("gqe,gme->gqm", query, negative, **_PRECISE) / temperature
+    num_ahead = jnp.sum(~(scores < score[..., None]), axis=-1, dtype=jnp.int32)  # NaN: not below
+    logit, logits = score - positive_log_q, scores - negative_log_q[:, None]
+    # Every query has negatives, or none has: an empty sum's logarithm.
+    peak = jnp.max(logits, axis=-1, initial=-jnp.finfo(jnp.float32).max)
+    share = jnp.exp(logits - peak[..., None])
+    total = jnp.sum(share, axis=-1)
+    others = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
+    loss = weight * jax.nn.softplus(others - logit)
+    if not with_gradients:
+        return _Terms(loss, score, num_ahead), None
+    factor = weight * jax.nn.sigmoid(others - logit) / temperature
+    scaled = share * (factor / jnp.where(total > 0, total, 1))[..., None]
+    to_query = jnp.einsum("gqm,gme->gqe", scaled, negative, **_PRECISE)
+    to_negative = jnp.einsum("gqm,gqe->gme", scaled, query, **_PRECISE)
+    terms = _Terms(
+        loss=loss,
+        score=score,
+        num_ahead=num_ahead,
+        to_query=to_query - factor[..., None] * positive,
+        to_positive=-factor[..., None] * query,
+    )
+    return terms, to_negative
