@@ -13,6 +13,7 @@ from hstu_jax.config import schema
 from hstu_jax.config.feature_checks import sequence_name
 from hstu_jax.config.feature_schema import IdFeature, RawFeature, SequenceConfig
 from hstu_jax.data import list_layout
+from hstu_jax.features import next_item
 from hstu_jax.serving import manifest as manifest_lib
 
 _STORE_ITEM = "video_id"  # of an event store: the item_index
@@ -112,6 +113,7 @@ def make_contract(
             newest_first=sequence_config.newest_first,
             max_seq_len=config.model.user_tower.max_seq_len,
             periods=tuple(timestamp_layernorm.pairs),
+            step_time=next_item.step_time(config),
         ),
         history_features=found["uih"],
         contextual_features=found["contextual"],

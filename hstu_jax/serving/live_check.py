@@ -16,7 +16,7 @@ from jaxtyping import Float
 from hstu_jax.config.feature_schema import IdFeature, RawFeature
 from hstu_jax.data import list_layout, raw_columns
 from hstu_jax.features import batch as batch_lib
-from hstu_jax.features import id_mapping, sequence_rules, time_phases
+from hstu_jax.features import id_mapping, next_item, sequence_rules, time_phases
 from hstu_jax.model import feature_lookup
 from hstu_jax.serving import artifact, lowering, trained
 from hstu_jax.serving import manifest as manifest_lib
@@ -97,7 +97,11 @@ def user_vectors(
     num_contextual, groups = config.num_contextual, config.feature_groups
     lengths = columns[history.items].value_lengths().to_numpy(zero_copy_only=False)
     num_users, longest = len(lengths), max(int(lengths.max()), 1) + num_contextual
-    rule = sequence_rules.mask_rule(config.model.user_tower.hstu.stu, num_contextual=num_contextual)
+    rule = sequence_rules.mask_rule(
+        config.model.user_tower.hstu.stu,
+        num_contextual=num_contextual,
+        objective=config.model.objective,
+    )
     layout = attention_layout.from_lengths(
         (lengths + num_contextual).astype(np.int32),
         row_len=longest,
@@ -126,6 +130,10 @@ def user_vectors(
         anchor = columns[history.request_time].to_numpy(zero_copy_only=False).astype(np.int64)
     gap = spread((np.repeat(anchor, lengths) - time).astype(np.float32))
     gap[0, :, :num_contextual] = anchor[:, None]
+    step_gap, step_time = None, next_item.step_time(config)
+    if step_time is not None:
+        step_gap = spread(next_item.step_gaps(time, lengths, anchor, kind=step_time))
+        step_gap[0, :, :num_contextual] = next_item.NO_GAP_S
     one = np.zeros((1, 1), np.float32)
     candidate = {name: np.zeros((1, 1), np.int32) for name in groups["candidate"]}
     for name in groups["candidate"]:
@@ -147,6 +155,7 @@ def user_vectors(
         action=spread(event_values(history.action).astype(np.int32)),
         watch_time_s=spread(event_values(history.watch_time).astype(np.float32)),
         time_gap_s=gap,
+        step_gap_s=step_gap,
         last_phase=time_phases.time_phases(newest, history.periods)[None],
         contextual={
             name: _mapped(config, name, columns[config.column(name)], is_contextual=True)[None]

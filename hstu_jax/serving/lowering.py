@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from hstu_jax.config import schema
 from hstu_jax.features import batch as batch_lib
-from hstu_jax.features import sequence_rules
+from hstu_jax.features import next_item, sequence_rules
 from hstu_jax.model import match
 from pallas_kernels import dispatch
 from pallas_kernels.hstu_attention import layout as attention_layout
@@ -55,7 +55,7 @@ class TowerFunctions:
             inputs: `history` [B, S, F] embeddings of the events, oldest first, `lengths` [B] how
                 many of the S there are, and where the model reads them `contextual` [B, C, Cf],
                 `action` and `watch_time_s` [B, S], `time_gap_s` [B, S] and `anchor_s` [B] (the
-                time that gaps are taken from), `last_phase` [B, P].
+                time that gaps are taken from), `step_gap_s` [B, S], `last_phase` [B, P].
         """
         batch = _to_batch(self.config, inputs)
         num_contextual = self.config.num_contextual
@@ -145,6 +145,8 @@ def user_shapes(config: schema.Config, *, batch: Any, length: int) -> dict[str, 
         shapes["watch_time_s"] = shape(slots)
     if groups.get("uih_timestamp"):
         shapes |= {"time_gap_s": shape(slots), "anchor_s": shape((batch,))}
+    if next_item.step_time(config) is not None:
+        shapes["step_gap_s"] = shape(slots)
     periods = config.model.user_tower.hstu.timestamp_layernorm.pairs
     if periods:
         shapes["last_phase"] = shape((batch, len(periods)))
@@ -161,7 +163,11 @@ def _to_batch(config: schema.Config, inputs: dict[str, Array]) -> batch_lib.Batc
     history = inputs["history"]
     num_users, row_len = history.shape[0], history.shape[1] + num_contextual
     block_len = min(config.data.block_len, row_len)
-    rule = sequence_rules.mask_rule(config.model.user_tower.hstu.stu, num_contextual=num_contextual)
+    rule = sequence_rules.mask_rule(
+        config.model.user_tower.hstu.stu,
+        num_contextual=num_contextual,
+        objective=config.model.objective,
+    )
     lengths = inputs["lengths"] + num_contextual
     row = jnp.arange(num_users, dtype=jnp.int32)
 
@@ -175,6 +181,11 @@ def _to_batch(config: schema.Config, inputs: dict[str, Array]) -> batch_lib.Batc
     if "anchor_s" in inputs:
         anchor = jnp.broadcast_to(inputs["anchor_s"][:, None], (num_users, num_contextual))
         gap = gap.at[0, :, :num_contextual].set(anchor)
+    step_gap = None
+    if "step_gap_s" in inputs:
+        step_gap = (
+            slots("step_gap_s", jnp.float32).at[0, :, :num_contextual].set(next_item.NO_GAP_S)
+        )
     pairs, count = _schedule(lengths, row, row_len=row_len, block_len=block_len, rule=rule)
     num_periods = len(config.model.user_tower.hstu.timestamp_layernorm.pairs)
     per_user = jnp.zeros((1, num_users), jnp.float32)
@@ -187,6 +198,7 @@ def _to_batch(config: schema.Config, inputs: dict[str, Array]) -> batch_lib.Batc
         action=slots("action", jnp.int32),
         watch_time_s=slots("watch_time_s", jnp.float32),
         time_gap_s=gap,
+        step_gap_s=step_gap,
         last_phase=inputs.get("last_phase", jnp.zeros((num_users, num_periods)))[None],
         contextual={},
         user_index=row[None],

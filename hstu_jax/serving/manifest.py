@@ -104,6 +104,8 @@ class History:
         newest_first: rows run from the newest entry to the oldest.
         max_seq_len: newest entries that the model reads.
         periods: (unit in seconds, units) of the phases that the output reads.
+        step_time: gap that an event reads in place of its age: "next_request" (to the next event,
+            of the newest to the request), "own" (from the event before), or None.
     """
 
     items: str
@@ -116,6 +118,7 @@ class History:
     newest_first: bool
     max_seq_len: int
     periods: tuple[tuple[int, int], ...]
+    step_time: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,10 @@ def plain_inputs(
         gap = np.repeat(anchor, histories.lengths[batch.rows]) - histories.timestamp_s[batch.events]
         inputs["time_gap_s"] = spread(gap, np.float32)
         inputs["anchor_s"] = _padded(anchor.astype(np.float32), batch.batch)
+        if history.step_time is not None:
+            counts = histories.lengths[batch.rows]
+            time = histories.timestamp_s[batch.events]
+            inputs["step_gap_s"] = spread(_step_gaps(time, counts, anchor, history), np.float32)
     if history.periods:
         phase = _phases(histories.newest_s[batch.rows], history.periods)
         inputs["last_phase"] = _padded(phase, batch.batch)
@@ -127,6 +131,23 @@ def _padded(values: np.ndarray, num: int) -> np.ndarray:
     padded = np.zeros((num, *values.shape[1:]), values.dtype)
     padded[: len(values)] = values
     return padded
+
+
+def _step_gaps(
+    time_s: np.ndarray, lengths: np.ndarray, request_s: np.ndarray, history: manifest_lib.History
+) -> np.ndarray:
+    """Seconds from an event to the row's next one, or the request; or from the one before.
+
+    The first event of a row has none before it, and reads the largest float32.
+    """
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    is_new_row = np.diff(row, prepend=-1) > 0
+    if history.step_time == "own":
+        gaps = np.diff(time_s, prepend=0).astype(np.float32)
+        return np.where(is_new_row, np.finfo(np.float32).max, gaps)
+    is_last = np.append(is_new_row[1:], True)[: len(row)]
+    following = np.where(is_last, request_s[row], np.append(time_s[1:], 0)[: len(row)])
+    return (following - time_s).astype(np.float32)
 
 
 def _phases(time_s: np.ndarray, periods: Sequence[tuple[int, int]]) -> np.ndarray:

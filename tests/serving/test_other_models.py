@@ -163,7 +163,7 @@ def test_pooled_missing_and_unknown_values_are_counted(of_lists):
 
 @pytest.fixture(scope="module")
 def of_original_ids(small_store, tmp_path_factory):
-    """An event store whose items have an author, which histories look up by item."""
+    """A next-item model of an event store whose items have an author, looked up by item."""
     folder = tmp_path_factory.mktemp("original")
     items = np.arange(small_store.num_items)
     store = event_store.write_store(
@@ -176,7 +176,12 @@ def of_original_ids(small_store, tmp_path_factory):
         stats=small_store.stats,
         item_features={"author": items * 3 % 7},
     )
-    config = small_config(store, folder / "run", model__user_tower__encoder="mean")
+    config = small_config(
+        store,
+        folder / "run",
+        model__objective="next_item",
+        model__user_tower__hstu__attn_num_layers=1,
+    )
     author = IdFeature(num_buckets=7, embedding_dim=4)
     config = dataclasses.replace(
         config,
