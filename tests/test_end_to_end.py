@@ -34,6 +34,7 @@ def train(store, workdir, *, ablation):
     return config, result
 
 
+@pytest.mark.long
 def test_hstu_beats_popularity_and_shuffled_targets_do_not(store, tmp_path):
     recalls = {}
     for ablation in ("none", "shuffled_targets"):
