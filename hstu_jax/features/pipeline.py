@@ -29,6 +29,7 @@ from hstu_jax.features import (
     sampler_inputs,
     sequence_rules,
     shapes,
+    store_fit,
     windows,
 )
 from hstu_jax.features.batch import Batch, BatchShape
@@ -77,7 +78,8 @@ class Pipeline:
 
     Raises:
         ValueError: a feature has no column, ids do not fit their table, the split has no window,
-            a window has more positives than a group may have, or sampler weights are wrong.
+            a window has more positives than a group may have, sampler weights are wrong, or
+            `store_fit.check` refuses the store.
         FileNotFoundError: a path of `negative_sampler` names no file.
     """
 
@@ -89,6 +91,7 @@ class Pipeline:
         split: str = "train",
         order: Literal["shuffled", "stored"] = "shuffled",
     ):
+        store_fit.check(config, store)
         self._config, self._store, self._order = config, store, order
         self._evaluations: dict[str, Pipeline] = {}  # made once per split: it checks all ids
         max_seq_len = config.model.user_tower.max_seq_len
