@@ -19,6 +19,7 @@ from hstu_jax.data import event_store, sample_weights, store_files
 from hstu_jax.data import schema as data_schema
 from hstu_jax.features import (
     ablation,
+    ages,
     columns,
     hard_negatives,
     item_weights,
@@ -133,6 +134,7 @@ class Pipeline:
             periods=config.model.user_tower.hstu.timestamp_layernorm.pairs,
             rows=rows,
             step_time=next_item.step_time(config),
+            has_ages=ages.are_read(config),
             excludes_group=rows is None or config.data.negative_sampler.exclusion == "group",
         )
         self._schedule = windows.Schedule(
