@@ -15,8 +15,8 @@ from jaxtyping import Float
 
 from hstu_jax.config.feature_schema import IdFeature, RawFeature
 from hstu_jax.data import list_layout, raw_columns
-from hstu_jax.features import batch as batch_lib
 from hstu_jax.features import ages, id_mapping, next_item, sequence_rules, time_phases
+from hstu_jax.features import batch as batch_lib
 from hstu_jax.model import feature_lookup
 from hstu_jax.serving import artifact, lowering, trained
 from hstu_jax.serving import manifest as manifest_lib

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hstu_jax.config import schema
-from hstu_jax.features import batch as batch_lib
 from hstu_jax.features import ages, next_item, sequence_rules
+from hstu_jax.features import batch as batch_lib
 from hstu_jax.model import match
 from pallas_kernels import dispatch
 from pallas_kernels.hstu_attention import layout as attention_layout

@@ -88,8 +88,8 @@ def plain_inputs(
     """What a program may read besides the embeddings; each names what it does read.
 
     `time_gap_s` is the anchor minus the event's time, taken in int64: float32 holds Unix seconds
-    to 128 s only. `age_s` is the same in whole seconds, for biases by time. `last_phase` is ((floor(t / unit) mod count) / count) * 2 * 3.14 of the newest
-    event's time t.
+    to 128 s only. `age_s` is the same in whole seconds, for biases by time. `last_phase` is
+    ((floor(t / unit) mod count) / count) * 2 * 3.14 of the newest event's time t.
     """
     inputs = {"lengths": batch.lengths}
 

@@ -1,4 +1,4 @@
-"""Ages in whole seconds: as int64 arithmetic has them, in training's batches and in evaluation's."""
+"""Ages in whole seconds: as int64 arithmetic has them, in training and evaluation."""
 
 import dataclasses
 
