@@ -131,9 +131,7 @@ def test_what_cannot_be_compared_is_refused(folders, small_store, tmp_path):
     for flags, message in refused.items():
         with pytest.raises(SystemExit, match=message):
             report.main(["--runs", good, *flags])
-    with pytest.raises(
-        SystemExit, match="--with_seen: .* holds no ranks with seen items; "
-    ):
+    with pytest.raises(SystemExit, match="--with_seen: .* holds no ranks with seen items; "):
         report.main(["--runs", str(tmp_path), "--with_seen"])
     (tmp_path / "closing_ranks_test.npz").write_text("not an archive")
     with pytest.raises(SystemExit, match="is no file of ranks .*; evaluate again"):

@@ -278,7 +278,7 @@ def _positive_arrays(
     query_slot = None
     if source.rows is not None:
         query_slot = np.full(size, shape.rows * shape.row_len, dtype=np.int32)
-        # The last contextual token where no event precedes the positive, whatever the row holds.
+        # 0 or less, for the last contextual token, where `query_end` is the user's first event.
         rows, window = source.rows, np.repeat(segments.window, counts)
         place = rows.query_end[positive] - rows.row_start[window]
         place = np.maximum(place, 0) + source.num_contextual - 1
