@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--against", nargs="+", help="workdirs of the other side")
     parser.add_argument("--row", help="ranking of the files; default the model, their first")
     parser.add_argument("--against_row", help="of the other side; default --row")
+    parser.add_argument(
+        "--with_seen",
+        action="store_true",
+        help="figures with seen items in the ranking, of runs with eval.also_with_seen=True",
+    )
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--metrics", nargs="+", default=_METRICS, help="name@k, or mrr")
     parser.add_argument("--num_bootstrap", type=int, default=1000)
@@ -59,11 +64,12 @@ def _report(flags: argparse.Namespace) -> str:
     for other in others:
         files[first].check_same_task(files[other], names=(first, other))
     cutoffs = tuple(sorted({_cutoff(name) for name in flags.metrics} - {0})) or (1,)
-    left = [_values(files, folder, flags.row, cutoffs) for folder in flags.runs]
+    options = {"cutoffs": cutoffs, "with_seen": flags.with_seen}
+    left = [_values(files, folder, flags.row, **options) for folder in flags.runs]
     right = None
     if flags.against or flags.against_row:
         row = flags.against_row or flags.row
-        right = [_values(files, folder, row, cutoffs) for folder in flags.against or flags.runs]
+        right = [_values(files, folder, row, **options) for folder in flags.against or flags.runs]
     num_users = left[0].num_users
     lines = [f"{flags.split} split, {num_users:,} query-users; {len(left)} run(s)"]
     if right:
@@ -71,6 +77,8 @@ def _report(flags: argparse.Namespace) -> str:
         for values in (*left, *right):
             if not np.array_equal(values.users, left[0].users):
                 raise ValueError("--runs: rank other query-users than --against; evaluate again.")
+    if flags.with_seen:
+        lines[0] += "; with seen items in the ranking"
     width = max(map(len, flags.metrics))
     for name in flags.metrics:
         lines.append(f"{name:<{width}}  {_line(name, left, right, flags.num_bootstrap)}")
@@ -112,15 +120,26 @@ def _read(folder: str, split: str) -> rank_files.RankFile:
 
 
 def _values(
-    files: dict[str, rank_files.RankFile], folder: str, row: str | None, cutoffs: tuple[int, ...]
+    files: dict[str, rank_files.RankFile],
+    folder: str,
+    row: str | None,
+    *,
+    cutoffs: tuple[int, ...],
+    with_seen: bool,
 ) -> ranking.UserMetrics:
     file = files[folder]
+    if with_seen and file.ranks_with_seen is None:
+        raise ValueError(
+            f"--with_seen: {folder} holds no ranks with seen items; evaluate with "
+            "--config.eval.also_with_seen=True."
+        )
     row = row or next(iter(file.ranks))
     if row not in file.ranks:
         raise ValueError(
             f"row={row!r}: {folder} has no such ranking; it has {', '.join(file.ranks)}."
         )
-    return ranking.user_metrics(file.ranks[row], file.positive_offsets, cutoffs=cutoffs)
+    ranks = file.ranks_with_seen if with_seen else file.ranks
+    return ranking.user_metrics(ranks[row], file.positive_offsets, cutoffs=cutoffs)
 
 
 def _cutoff(name: str) -> int:

@@ -1,5 +1,7 @@
 """The report of several runs, from the files of ranks that evaluations write."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from hstu_jax.training import closing, evaluation, rank_files
 def folders(small_store, tmp_path_factory):
     """Two runs that know the answers but for noise, and two that know less."""
     eval_set = evaluation.make_eval_set(small_store, split="test", exclude_seen=True)
-    config = schema.EvalConfig()
+    config = schema.EvalConfig(also_with_seen=True)
     popular = baselines.same_for_all(small_store.items.train_count.astype(np.float64))
 
     def noisy(seed, level):
@@ -55,6 +57,9 @@ def test_files_hold_what_was_ranked(folders):
     assert file.positive_items.tolist() == eval_set.positive_items.tolist()
     assert file.catalogue_size == np.count_nonzero(eval_set.catalogue_mask)
     assert (file.ranks["hstu"] > 0).sum() == (file.ranks["popularity"] > 0).sum() > 0
+    assert list(file.ranks_with_seen) == ["hstu", "popularity"]
+    for name, ranks in file.ranks_with_seen.items():
+        assert (ranks >= file.ranks[name]).all() and (ranks > file.ranks[name]).any()
 
 
 def test_means_deviations_and_paired_interval(folders, capsys):
@@ -85,6 +90,30 @@ def test_rows_of_one_run(folders, capsys):
     assert "1 run(s)" in text and "ndcg@7  0." in text and "  95 % 0." in text
 
 
+def test_figures_with_seen_items(folders, capsys):
+    made, _ = folders
+    report.main(["--runs", *runs(made, "good"), "--with_seen", "--metrics", "mrr"])
+    first, line = capsys.readouterr().out.splitlines()
+    files = [rank_files.read(made["good", n] / "closing_ranks_test.npz") for n in (0, 1)]
+    means = [
+        report.ranking.user_metrics(
+            file.ranks_with_seen["hstu"], file.positive_offsets, cutoffs=(1,)
+        ).means()["mrr"]
+        for file in files
+    ]
+    assert first.endswith("with seen items in the ranking")
+    assert f"{np.mean(means):.4f} sd {np.std(means, ddof=1):.4f}" in line
+
+
+def test_catalogues_of_one_size_may_differ(folders):
+    made, _ = folders
+    file = rank_files.read(made["good", 0] / "closing_ranks_test.npz")
+    other = dataclasses.replace(file, catalogue_sha256="0" * 64)
+    with pytest.raises(ValueError, match="a: catalogue_sha256=.*, and b has 000"):
+        file.check_same_task(other, names=("a", "b"))
+    file.check_same_task(dataclasses.replace(file, catalogue_sha256=None), names=("a", "b"))
+
+
 def test_what_cannot_be_compared_is_refused(folders, small_store, tmp_path):
     made, _ = folders
     good = str(made["good", 0])
@@ -102,6 +131,8 @@ def test_what_cannot_be_compared_is_refused(folders, small_store, tmp_path):
     for flags, message in refused.items():
         with pytest.raises(SystemExit, match=message):
             report.main(["--runs", good, *flags])
+    with pytest.raises(SystemExit, match="--with_seen: .* holds no ranks with seen items; "):
+        report.main(["--runs", str(tmp_path), "--with_seen"])
     (tmp_path / "closing_ranks_test.npz").write_text("not an archive")
     with pytest.raises(SystemExit, match="is no file of ranks .*; evaluate again"):
         report.main(["--runs", str(tmp_path)])

@@ -15,7 +15,8 @@ class MeshConfig:
     A device has room to send `exchange_slack` times as many ids as it can have (an even share to
     every other device); ids beyond wait for another round. With several hosts of several chips that
     is the room within a host, and `host_exchange_slack` the room between hosts, where ids that the
-    chips of a host share go once. Embedding tables of at most
+    chips of a host share go once. With one chip a host, or one host, there is one level, and
+    `exchange_slack` is its room, between hosts too. Embedding tables of at most
     `replicated_table_bytes` are whole on every device, larger ones split over all; 0 splits all.
     All three change time and memory, no result.
     """

@@ -58,6 +58,9 @@ def _data_rules(config: Any) -> tuple[tuple[bool, str, str], ...]:
 
 def _model_rules(config: Any) -> tuple[tuple[bool, str, str], ...]:
     hstu = config.model.user_tower.hstu
+    asks_next = hstu.stu.use_time_bias and hstu.stu.time_bias_query == "next_request"
+    reads_bias = config.model.user_tower.encoder == "hstu" and asks_next
+    has_request = bool(config.feature_groups.get("query_time"))
     has_times = hstu.positional_encoder.use_time_encoding
     reads_request = has_times and config.model.next_item.time == "next_request"
     return (
@@ -81,10 +84,16 @@ def _model_rules(config: Any) -> tuple[tuple[bool, str, str], ...]:
             "use 'layernorm' or 'l2norm'",
         ),
         (
-            not reads_request or bool(config.feature_groups.get("query_time")),
+            not reads_request or has_request,
             "with next_item.time='next_request' reads the request's time at a user's last token, "
             "and feature_groups.query_time names none",
             "name it, or use next_item.time='own'",
+        ),
+        (
+            not reads_bias or has_request,
+            "with stu.use_time_bias=True and stu.time_bias_query='next_request' asks at the "
+            "request's time at a user's last token, and feature_groups.query_time names none",
+            "name it, or use time_bias_query='own'",
         ),
         (
             has_times or config.model.next_item.time == NextItemConfig().time,

@@ -187,6 +187,7 @@ def _check_groups(config: Config) -> None:
     needed["uih_timestamp"] = (
         hstu.positional_encoder.use_time_encoding
         or hstu.output_postprocessor == "timestamp_layernorm"
+        or (hstu.stu.use_time_bias and config.model.user_tower.encoder == "hstu")
     )
     for group, is_needed in needed.items():
         require(

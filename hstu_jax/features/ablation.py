@@ -44,6 +44,7 @@ def apply(
             batch,
             time_gap_s=zeros,
             step_gap_s=None if batch.step_gap_s is None else zeros,
+            age_s=None if batch.age_s is None else np.zeros_like(batch.age_s),
             last_phase=np.zeros_like(batch.last_phase),
         )
     if kind == "shuffled_order":

@@ -157,6 +157,8 @@ class Batch:
         step_gap_s: seconds to the user's next event or from the one before, which the tokens read
             with the next-item objective; contextual slots hold `next_item.NO_GAP_S`. None = the
             configuration reads none.
+        age_s: query time minus event time in whole seconds (`ages.py`), which a bias by time reads;
+            contextual slots hold 0. None = the configuration reads none.
     """
 
     segment_starts: Int[AnyArray, "G U"]
@@ -185,6 +187,7 @@ class Batch:
     tail: Tail | None = None
     query_slot: Int[AnyArray, "G Q"] | None = None
     step_gap_s: Float[AnyArray, "G R L"] | None = None
+    age_s: Int[AnyArray, "G R L"] | None = None
 
     def sequence_layout(self) -> attention_layout.SequenceLayout:
         """Where every user's tokens lie among the rows of all groups, one group after the other."""

@@ -26,8 +26,9 @@ class TrainingRows:
     """The tokens and queries of every window's training row.
 
     The tokens of window w are the events `row_start[w]:row_end[w]`, behind its contextual tokens.
-    A query is the token with which it asks: `query_end` is one past that event, and equal to the
-    user's first event where there is none before the positive; then the last contextual token asks.
+    A query is the token with which it asks: `query_end` is one past that event. Where no event
+    precedes the positive it is the user's first event, and the last contextual token asks, whatever
+    the row holds.
 
     Attributes:
         row_start: first event of each row: the newest `max_seq_len` before `row_end`.

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from hstu_jax.data import event_store
-from hstu_jax.features import next_item, sequence_rules, time_phases
+from hstu_jax.features import ages, next_item, sequence_rules, time_phases
 from hstu_jax.features.batch import Batch, BatchShape
 from hstu_jax.features.columns import BatchColumns
 from hstu_jax.features.hard_negatives import HardNegativeSampler
@@ -38,6 +38,7 @@ class BatchSource:
         periods: of the output postprocessor, as for `time_phases`.
         rows: training rows of the next-item objective; None = the windows' histories.
         step_time: the gap that tokens read besides `time_gap_s`; None = none.
+        has_ages: tokens also read `age_s`.
         excludes_group: negatives are no positives of the group; False: the loss leaves out, query
             by query, what is the query's own positive.
     """
@@ -54,6 +55,7 @@ class BatchSource:
     periods: tuple[tuple[int, int], ...] = ()
     rows: next_item.TrainingRows | None = None
     step_time: next_item.StepTime | None = None
+    has_ages: bool = False
     excludes_group: bool = True
 
 
@@ -217,6 +219,12 @@ def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape)
     gap.reshape(-1)[token_slot] = np.repeat(anchor, lengths) - columns.timestamp_s[event]
     contextual_slot = first_slot[:, None] + np.arange(source.num_contextual)
     gap.reshape(-1)[contextual_slot] = anchor[:, None]
+    age = None
+    if source.has_ages:
+        age = np.zeros(size, dtype=np.int32)
+        event_request = np.repeat(anchor, lengths)
+        age.reshape(-1)[token_slot] = ages.ages(event_request, columns.timestamp_s[event])
+        age = age.reshape(shape.groups, shape.rows, shape.row_len)
     step_gap = None
     if source.step_time is not None:
         step_gap = np.zeros(size, dtype=np.float32)
@@ -227,6 +235,7 @@ def _history_arrays(segments: _Segments, source: BatchSource, shape: BatchShape)
         step_gap = step_gap.reshape(shape.groups, shape.rows, shape.row_len)
     return {
         "step_gap_s": step_gap,
+        "age_s": age,
         "history": {
             name: fill(column, _dtype_of(column)) for name, column in columns.history.items()
         },
@@ -269,7 +278,7 @@ def _positive_arrays(
     query_slot = None
     if source.rows is not None:
         query_slot = np.full(size, shape.rows * shape.row_len, dtype=np.int32)
-        # The last contextual token where no event precedes the positive, whatever the row holds.
+        # 0 or less, for the last contextual token, where `query_end` is the user's first event.
         rows, window = source.rows, np.repeat(segments.window, counts)
         place = rows.query_end[positive] - rows.row_start[window]
         place = np.maximum(place, 0) + source.num_contextual - 1

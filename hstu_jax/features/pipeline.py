@@ -19,6 +19,7 @@ from hstu_jax.data import event_store, sample_weights, store_files
 from hstu_jax.data import schema as data_schema
 from hstu_jax.features import (
     ablation,
+    ages,
     columns,
     hard_negatives,
     item_weights,
@@ -29,6 +30,7 @@ from hstu_jax.features import (
     sampler_inputs,
     sequence_rules,
     shapes,
+    store_fit,
     windows,
 )
 from hstu_jax.features.batch import Batch, BatchShape
@@ -77,7 +79,8 @@ class Pipeline:
 
     Raises:
         ValueError: a feature has no column, ids do not fit their table, the split has no window,
-            a window has more positives than a group may have, or sampler weights are wrong.
+            a window has more positives than a group may have, sampler weights are wrong, or
+            `store_fit.check` refuses the store.
         FileNotFoundError: a path of `negative_sampler` names no file.
     """
 
@@ -89,6 +92,7 @@ class Pipeline:
         split: str = "train",
         order: Literal["shuffled", "stored"] = "shuffled",
     ):
+        store_fit.check(config, store)
         self._config, self._store, self._order = config, store, order
         self._evaluations: dict[str, Pipeline] = {}  # made once per split: it checks all ids
         max_seq_len = config.model.user_tower.max_seq_len
@@ -130,6 +134,7 @@ class Pipeline:
             periods=config.model.user_tower.hstu.timestamp_layernorm.pairs,
             rows=rows,
             step_time=next_item.step_time(config),
+            has_ages=ages.are_read(config),
             excludes_group=rows is None or config.data.negative_sampler.exclusion == "group",
         )
         self._schedule = windows.Schedule(

@@ -26,11 +26,20 @@ def mask_rule(
         stu: `stu` section.
         num_contextual: C, contextual tokens in front of every history.
         objective: with "next_item" contextual tokens are masked like history: if they saw what
-            comes after them, every token would see its own answer through them.
+            comes after them, every token would see its own answer through them. Semi-local
+            attention still shows every token those before it: its prefix holds at least C.
     """
+    is_local = stu.sla_k1 > 0 or stu.sla_k2 > 0
+    if objective == "next_item":
+        return attention_mask.MaskRule(
+            contextual_len=0,
+            max_attn_len=stu.max_attn_len,
+            sla_k1=stu.sla_k1,
+            sla_k2=max(stu.sla_k2, num_contextual) if is_local else 0,
+        )
     contextual_len = num_contextual if stu.contextual_seq_len < 0 else stu.contextual_seq_len
     return attention_mask.MaskRule(
-        contextual_len=0 if objective == "next_item" else contextual_len,
+        contextual_len=contextual_len,
         max_attn_len=stu.max_attn_len,
         sla_k1=stu.sla_k1,
         sla_k2=stu.sla_k2,

@@ -217,12 +217,13 @@ def _block(
     peak = jnp.max(logits, axis=-1, initial=-jnp.finfo(jnp.float32).max)
     share = jnp.exp(logits - peak[..., None])
     total = jnp.sum(share, axis=-1)
-    others = jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
+    divisor = jnp.where(total == 0, 1, total)  # NaN stays: it must reach the loss
+    others = jnp.where(total == 0, -jnp.inf, peak + jnp.log(divisor))
     loss = weight * jax.nn.softplus(others - logit)
     if not with_gradients:
         return _Terms(loss, score, num_ahead), None
     factor = weight * jax.nn.sigmoid(others - logit) / temperature
-    scaled = share * (factor / jnp.where(total > 0, total, 1))[..., None]
+    scaled = share * (factor / divisor)[..., None]
     to_query = jnp.einsum("gqm,gme->gqe", scaled, negative, **_PRECISE)
     to_negative = jnp.einsum("gqm,gqe->gme", scaled, query, **_PRECISE)
     terms = _Terms(

@@ -74,11 +74,13 @@ class TuneResult:
         options: the variant with the highest recall@10; the first of equals.
         recall: its recall@10.
         tried: (options, recall@10) of the whole grid.
+        num_windows: validation windows that were ranked, evenly spaced among all of them.
     """
 
     options: Any
     recall: float
     tried: tuple[tuple[Any, float], ...]
+    num_windows: int
 
 
 def history_scores(
@@ -172,7 +174,7 @@ def best_variant(
         metrics = ranking.user_metrics(ranks.ranks, validation.positive_offsets, cutoffs=(10,))
         tried.append((options, metrics.means()["recall@10"]))
     best = max(tried, key=lambda pair: pair[1])
-    return TuneResult(best[0], best[1], tuple(tried))
+    return TuneResult(best[0], best[1], tuple(tried), len(chosen))
 
 
 def take_lists(

@@ -24,6 +24,7 @@ from hstu_jax.model import (
     relative_bias,
     stu,
 )
+from pallas_kernels.hstu_attention import bias as attention_bias
 from pallas_kernels.hstu_attention import layout as attention_layout
 
 # Uses of dropout here; `match.py` has the item tower's.
@@ -90,10 +91,10 @@ def build_tail(
 
 
 def _at(time, source):
-    """Times of the slots that a shorter sequence keeps; infinite in its padding."""
+    """Times of the slots that a shorter sequence keeps; its padding has none."""
     if time is None:
         return None
-    return time.reshape(-1).at[source].get(mode="fill", fill_value=jnp.inf)
+    return time.reshape(-1).at[source].get(mode="fill", fill_value=attention_bias.NO_TIME)
 
 
 class Encoder(nn.Module):
@@ -133,7 +134,7 @@ class Encoder(nn.Module):
         sequence, segment = build_sequence(layout, batch.user_index.reshape(-1))
         time_s, next_time_s = relative_bias.token_times(
             layout,
-            batch.time_gap_s.reshape(-1, row_len),
+            None if batch.age_s is None else batch.age_s.reshape(-1, row_len),
             contextual_len=self.preprocess.contextual_len,
         )
         sequence = dataclasses.replace(sequence, time_s=time_s, next_time_s=next_time_s)

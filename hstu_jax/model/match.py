@@ -385,5 +385,6 @@ def _smallest_inputs(widths, *, has_tail):
         tail=features_batch.Tail(**segments, row_len=num_slots) if has_tail else None,
         last_phase=jnp.zeros((1, 1, widths.phases)),
         step_gap_s=slots.astype(jnp.float32),
+        age_s=slots,
     )
     return lookups, batch

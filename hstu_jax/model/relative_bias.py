@@ -8,7 +8,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Int
 
 from pallas_kernels.hstu_attention import bias as attention_bias
 from pallas_kernels.hstu_attention import layout as attention_layout
@@ -37,7 +37,7 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(
-        self, time_s: Float[Array, "R L"] | None, next_time_s: Float[Array, "R L"] | None
+        self, time_s: Int[Array, "R L"] | None, next_time_s: Int[Array, "R L"] | None
     ) -> attention_bias.AttentionBias:
         """What attention adds to its logits.
 
@@ -69,27 +69,30 @@ class RelativeBias(nn.Module):
 
 def token_times(
     layout: attention_layout.SequenceLayout,
-    time_gap_s: Float[Array, "R L"],
+    age_s: Int[Array, "R L"] | None,
     *,
     contextual_len: int,
-) -> tuple[Float[Array, "R L"], Float[Array, "R L"]]:
-    """(time, next time) of every slot, in seconds before the request of its user.
+) -> tuple[Int[Array, "R L"], Int[Array, "R L"]] | tuple[None, None]:
+    """(time, next time) of every slot, in whole seconds before the request of its user.
 
-    `time_j = -gap_j`. The next time is that of the token behind, and 0, the request, for the last
-    one of a segment. Exact for gaps of whole seconds below 2**24 (194 days); the gap of an older
-    event has lost its last bits already, up to 8 seconds at 4 years.
+    `time_j = -age_j`. The next time is that of the token behind, and 0, the request, for the last
+    one of a segment.
 
     Args:
         layout: where the segments lie.
-        time_gap_s: request time minus event time; anything in padding and in contextual slots.
+        age_s: request time minus event time; anything in padding and in contextual slots. None =
+            not known.
         contextual_len: C, first tokens of every segment, which have no time.
 
     Returns:
-        Infinity for both where a slot holds no history token.
+        `NO_TIME` for both where a slot holds no history token; None for both without ages.
     """
+    if age_s is None:
+        return None, None
     segment = attention_layout.token_segments(layout)
     position = attention_layout.token_positions(layout)
     length = jnp.asarray(layout.lengths)[jnp.maximum(segment, 0)]
     is_timed = (segment >= 0) & (position >= contextual_len)
-    following = jnp.where(position == length - 1, 0.0, jnp.roll(time_gap_s, -1, axis=1))
-    return jnp.where(is_timed, -time_gap_s, jnp.inf), jnp.where(is_timed, -following, jnp.inf)
+    following = jnp.where(position == length - 1, 0, jnp.roll(age_s, -1, axis=1))
+    none = attention_bias.NO_TIME
+    return jnp.where(is_timed, -age_s, none), jnp.where(is_timed, -following, none)

@@ -345,7 +345,11 @@ class Artifact:
                 f"{file}: this jax {jax.__version__} cannot read the program, which "
                 f"{versions.get('jax')} wrote ({error}); export again with this version."
             ) from error
-        return jax.jit(exported.call)
+        run = jax.jit(exported.call)
+        if tower == "item":
+            return run
+        (_, read), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        return lambda parameters, inputs: run(parameters, {name: inputs[name] for name in read})
 
     def _add(self, counts: dict[str, int]) -> None:
         with self._lock:

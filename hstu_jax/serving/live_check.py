@@ -15,8 +15,8 @@ from jaxtyping import Float
 
 from hstu_jax.config.feature_schema import IdFeature, RawFeature
 from hstu_jax.data import list_layout, raw_columns
+from hstu_jax.features import ages, id_mapping, next_item, sequence_rules, time_phases
 from hstu_jax.features import batch as batch_lib
-from hstu_jax.features import id_mapping, next_item, sequence_rules, time_phases
 from hstu_jax.model import feature_lookup
 from hstu_jax.serving import artifact, lowering, trained
 from hstu_jax.serving import manifest as manifest_lib
@@ -156,6 +156,7 @@ def user_vectors(
         watch_time_s=spread(event_values(history.watch_time).astype(np.float32)),
         time_gap_s=gap,
         step_gap_s=step_gap,
+        age_s=spread(ages.ages(np.repeat(anchor, lengths), time)),
         last_phase=time_phases.time_phases(newest, history.periods)[None],
         contextual={
             name: _mapped(config, name, columns[config.column(name)], is_contextual=True)[None]

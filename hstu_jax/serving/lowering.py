@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hstu_jax.config import schema
+from hstu_jax.features import ages, next_item, sequence_rules
 from hstu_jax.features import batch as batch_lib
-from hstu_jax.features import next_item, sequence_rules
 from hstu_jax.model import match
 from pallas_kernels import dispatch
 from pallas_kernels.hstu_attention import layout as attention_layout
@@ -55,7 +55,8 @@ class TowerFunctions:
             inputs: `history` [B, S, F] embeddings of the events, oldest first, `lengths` [B] how
                 many of the S there are, and where the model reads them `contextual` [B, C, Cf],
                 `action` and `watch_time_s` [B, S], `time_gap_s` [B, S] and `anchor_s` [B] (the
-                time that gaps are taken from), `step_gap_s` [B, S], `last_phase` [B, P].
+                time that gaps are taken from), `age_s` and `step_gap_s` [B, S], `last_phase`
+                [B, P].
         """
         batch = _to_batch(self.config, inputs)
         num_contextual = self.config.num_contextual
@@ -145,6 +146,8 @@ def user_shapes(config: schema.Config, *, batch: Any, length: int) -> dict[str, 
         shapes["watch_time_s"] = shape(slots)
     if groups.get("uih_timestamp"):
         shapes |= {"time_gap_s": shape(slots), "anchor_s": shape((batch,))}
+    if ages.are_read(config):
+        shapes["age_s"] = jax.ShapeDtypeStruct(slots, jnp.int32)
     if next_item.step_time(config) is not None:
         shapes["step_gap_s"] = shape(slots)
     periods = config.model.user_tower.hstu.timestamp_layernorm.pairs
@@ -199,6 +202,7 @@ def _to_batch(config: schema.Config, inputs: dict[str, Array]) -> batch_lib.Batc
         watch_time_s=slots("watch_time_s", jnp.float32),
         time_gap_s=gap,
         step_gap_s=step_gap,
+        age_s=slots("age_s", jnp.int32) if "age_s" in inputs else None,
         last_phase=inputs.get("last_phase", jnp.zeros((num_users, num_periods)))[None],
         contextual={},
         user_index=row[None],

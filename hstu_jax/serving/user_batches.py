@@ -13,6 +13,8 @@ from hstu_jax.serving import manifest as manifest_lib
 
 # The reference's turn is 2 * 3.14, not 2 * pi.
 _TURN = np.float32(2 * 3.14)
+# Differences of any two ages fit int32.
+_NEWEST_S, _OLDEST_S = -(2**24), 2**31 - 1 - 2**24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,11 +85,11 @@ def _batch_for(num: int, batches: Sequence[int]) -> int:
 def plain_inputs(
     batch: UserBatch, histories: input_columns.Histories, history: manifest_lib.History
 ) -> dict[str, np.ndarray]:
-    """A program's inputs besides the embeddings.
+    """What a program may read besides the embeddings; each names what it does read.
 
     `time_gap_s` is the anchor minus the event's time, taken in int64: float32 holds Unix seconds
-    to 128 s only. `last_phase` is ((floor(t / unit) mod count) / count) * 2 * 3.14 of the newest
-    event's time t.
+    to 128 s only. `age_s` is the same in whole seconds, for biases by time. `last_phase` is
+    ((floor(t / unit) mod count) / count) * 2 * 3.14 of the newest event's time t.
     """
     inputs = {"lengths": batch.lengths}
 
@@ -104,6 +106,7 @@ def plain_inputs(
         anchor = histories.anchor_s[batch.rows]
         gap = np.repeat(anchor, histories.lengths[batch.rows]) - histories.timestamp_s[batch.events]
         inputs["time_gap_s"] = spread(gap, np.float32)
+        inputs["age_s"] = spread(np.clip(gap, _NEWEST_S, _OLDEST_S), np.int32)
         inputs["anchor_s"] = _padded(anchor.astype(np.float32), batch.batch)
         if history.step_time is not None:
             counts = histories.lengths[batch.rows]

@@ -36,7 +36,8 @@ def fetch(
         unique: this device's rows, numbered in the whole table.
         axis_names: mesh axes over which the table's rows are split, major first.
         slack: size of the buckets, see `rounds.bucket_size`; changes time and memory, no result.
-        host_slack: in two levels, the same of the buckets between hosts.
+        host_slack: in two levels, the same of the buckets between hosts; one level has `slack`,
+            between hosts too.
 
     Returns:
         The same as `lookup.gather` on the whole table, bit for bit; and the number of ids that this
@@ -216,6 +217,11 @@ def _first_keys(unique: lookup.UniqueRows, levels: list[rounds.Level]):
 
     In one level a key is the row, and the order None. In two, the row of device c of host h at
     place p of its block has the key c * width + p * hosts + h.
+
+    8 rows on 2 hosts of 2 chips: a device's block has 2 rows, so row 5 is at place 1 of device 2,
+    chip 0 of host 1. `width` is 4, the rows of a column of 2 hosts, and its key 0 * 4 + 1 * 2 + 1 =
+    3. The rows 0 .. 7 have the keys 0, 2, 4, 6, 1, 3, 5, 7: a device that asks for the rows 1, 4, 5
+    and 6 has the keys 1, 2, 3 (to its host's chip 0) and 5 (to chip 1), in the order 4, 1, 5, 6.
     """
     if len(levels) == 1:
         return unique.rows, None

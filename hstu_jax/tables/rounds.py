@@ -81,6 +81,12 @@ def next_round(keys: Int[Array, "capacity"], level: Level, low: Int[Array, ""]) 
 
     A range ends before the first key that does not fit anywhere, so at least `bucket_size` keys of
     some device are sent before it: the number of rounds follows the fullest buckets.
+
+    2 buckets of width 4 that hold one key each, this device with the keys 1, 2, 3 and 5 and the
+    others with fewer. From place 0 on the buckets' keys begin at positions 0 and 3; those one
+    bucket further, keys 2 and none, are at places 2 and (8 - 4 =) 4. So the range is 0 .. 1 and the
+    keys 1 and 5 are sent, both at place 1; the next range is place 2 with key 2, the last is place
+    3 with key 3.
     """
     first = level.width * jnp.arange(level.num_buckets, dtype=jnp.int32)
     start = jnp.searchsorted(keys, first + low, method="compare_all").astype(jnp.int32)

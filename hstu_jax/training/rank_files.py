@@ -5,6 +5,7 @@ items. Not here: figures and intervals of several files (`hstu_jax/report.py`).
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import zipfile
@@ -32,6 +33,9 @@ class RankFile:
         positive_offsets: same.
         positive_items: same.
         ranks: name of a ranking -> rank of every positive, 0 = left out; the model first.
+        catalogue_sha256: of the mask of these items; None in files of before it was kept.
+        ranks_with_seen: the same with seen items in the ranking too; None where the evaluation
+            was without them (`eval.also_with_seen`).
     """
 
     split: str
@@ -43,9 +47,11 @@ class RankFile:
     positive_offsets: Int[np.ndarray, "W_and_one"]
     positive_items: Int[np.ndarray, "positives"]
     ranks: Mapping[str, Int[np.ndarray, "positives"]]
+    catalogue_sha256: str | None = None
+    ranks_with_seen: Mapping[str, Int[np.ndarray, "positives"]] | None = None
 
     def check_same_task(self, other: "RankFile", *, names: tuple[str, str]) -> None:
-        """Checks that two files rank the same positives among equally many items.
+        """Checks that two files rank the same positives among the same items.
 
         Args:
             other: the other file.
@@ -54,8 +60,10 @@ class RankFile:
         Raises:
             ValueError: they do not; names what differs.
         """
-        for field in ("split", "exclude_seen", "catalogue_size"):
+        for field in ("split", "exclude_seen", "catalogue_size", "catalogue_sha256"):
             mine, theirs = getattr(self, field), getattr(other, field)
+            if field == "catalogue_sha256" and None in (mine, theirs):
+                continue
             if mine != theirs:
                 raise ValueError(
                     f"{names[0]}: {field}={mine}, and {names[1]} has {theirs}: only rankings of "
@@ -84,8 +92,12 @@ def write(
         "cutoffs": first.cutoffs,
         "exclude_seen": len(eval_set.seen_items) > 0,
         "catalogue_size": int(np.count_nonzero(eval_set.catalogue_mask)),
+        "catalogue_sha256": hashlib.sha256(np.packbits(eval_set.catalogue_mask)).hexdigest(),
         "names": list(rows),
     }
+    with_seen = {}
+    if all(row.with_seen is not None for row in rows.values()):
+        with_seen["ranks_with_seen"] = np.stack([r.ranks.ranks_with_seen for r in rows.values()])
     np.savez_compressed(
         path,
         header=json.dumps(header),
@@ -93,6 +105,7 @@ def write(
         positive_offsets=eval_set.positive_offsets,
         positive_items=eval_set.positive_items,
         ranks=np.stack([row.ranks.ranks for row in rows.values()]),
+        **with_seen,
     )
 
 
@@ -112,8 +125,11 @@ def read(path: pathlib.Path) -> RankFile:
         with np.load(path) as file:
             arrays = dict(file)
         header = json.loads(str(arrays.pop("header")))
-        ranks = dict(zip(header.pop("names"), arrays.pop("ranks"), strict=True))
+        names = header.pop("names")
+        for field in ("ranks", "ranks_with_seen"):
+            if field == "ranks" or field in arrays:
+                arrays[field] = dict(zip(names, arrays[field], strict=True))
         header["cutoffs"] = tuple(header["cutoffs"])
-        return RankFile(**header, **arrays, ranks=ranks)
+        return RankFile(**header, **arrays)
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: is no file of ranks ({error}); evaluate again.") from error

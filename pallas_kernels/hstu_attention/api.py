@@ -334,6 +334,11 @@ def _check_bias(bias, layout):
             )
         if time is not None:
             checks.check_rank(f"bias.{name}", time, "R L")
+            if jnp.dtype(time.dtype) != jnp.int32:
+                raise TypeError(
+                    f"bias.{name}.dtype={jnp.dtype(time.dtype).name}: must be int32, whole seconds "
+                    "from an origin of your own; subtract the origin in int64 and cast."
+                )
             checks.check_axis(f"bias.{name}", time, 0, "R", layout.num_rows, like="layout")
             checks.check_axis(f"bias.{name}", time, 1, "L", layout.row_len, like="layout")
 

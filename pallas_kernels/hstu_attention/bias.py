@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hstu_attention.layout import SequenceLayout, token_positions, token_segments
 
+NO_TIME = int(np.iinfo(np.int32).min)  # what a slot without a time holds
 LOG_STEP = 0.301  # natural logarithm of the ratio of neighbouring buckets' first intervals
 
 
@@ -28,12 +29,16 @@ class AttentionBias:
     `rab_ij = by_distance[min(|i - j|, P - 1)] + by_interval[bucket(query_time_i - key_time_j)]`,
     with positions i and j inside the segment and
     `bucket(t) = min(floor(log(max(|t|, 1)) / 0.301), T)`, the natural logarithm. A pair of which
-    one time is not finite has no second term: that is how a token without a time is written.
+    one time is `NO_TIME` has no second term.
+
+    Times are whole seconds from any origin, subtracted as int32: as float32 they would round, by
+    the distance of the origin. Two of a segment must differ by less than 2**31; an interval above
+    2**24 then counts as its nearest float32.
 
     Args:
         by_distance: [P] values by distance in tokens; None = no such term.
         by_interval: [T + 1] values by bucket; None = no such term, and then no times either.
-        query_time_s: when each slot asks, in seconds; anything may stand in padding slots.
+        query_time_s: when each slot asks; anything may stand in padding slots.
         key_time_s: when what each slot holds happened.
 
     Source: Zhai et al. 2024, "Actions Speak Louder than Words", section 3 and their public code
@@ -44,8 +49,8 @@ class AttentionBias:
 
     by_distance: Float[Array, "P"] | None = None
     by_interval: Float[Array, "T1"] | None = None
-    query_time_s: Float[Array, "R L"] | None = None
-    key_time_s: Float[Array, "R L"] | None = None
+    query_time_s: Int[Array, "R L"] | None = None
+    key_time_s: Int[Array, "R L"] | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -110,8 +115,8 @@ class TileBias(NamedTuple):
         distance: [2 n - 1, block_len, block_len] for n blocks of a row: the tile of a query block
             and a key block depends on their difference only.
         interval: [T + 2], the last entry 0: of pairs without a time.
-        query_time: [R, padded L], +inf for none.
-        key_time: [R, padded L], -inf for none.
+        query_time: [R, padded L], `NO_TIME` for none.
+        key_time: same.
     """
 
     distance: Any
@@ -138,14 +143,19 @@ def prepare_tiles(bias: AttentionBias, layout: SequenceLayout, *, padded_len: in
         width = ((0, 0), (0, padded_len - layout.row_len))
         is_token = token_segments(layout) >= 0
         query_time, key_time = (
-            jnp.pad(_time_or(nothing, time, is_token), width)
-            for time, nothing in ((bias.query_time_s, jnp.inf), (bias.key_time_s, -jnp.inf))
+            jnp.pad(jnp.where(is_token, time, NO_TIME), width)
+            for time in (bias.query_time_s, bias.key_time_s)
         )
     return TileBias(distance, interval, query_time, key_time)
 
 
-def _time_or(nothing, time, is_token):
-    return jnp.where(is_token & jnp.isfinite(time), time, nothing).astype(jnp.float32)
+def intervals(
+    query_time_s: Int[Array, "*#pairs"], key_time_s: Int[Array, "*#pairs"]
+) -> Float[Array, "*#pairs"]:
+    """Seconds between the times of pairs, infinite where one of them has none."""
+    is_untimed = (query_time_s == NO_TIME) | (key_time_s == NO_TIME)
+    interval = jnp.abs(query_time_s - key_time_s).astype(jnp.float32)
+    return jnp.where(is_untimed, jnp.inf, interval)
 
 
 def _distance_tiles(table, *, padded_len, block_len):
@@ -240,7 +250,8 @@ def _interval_index(tiles, row, query_block, key_block, block_len):
         )
         for times, block in ((tiles.query_time, query_block), (tiles.key_time, key_block))
     )
-    return interval_buckets(query[:, :, None] - key[:, None, :], tiles.interval.shape[0] - 2)
+    interval = intervals(query[:, :, None], key[:, None, :])
+    return interval_buckets(interval, tiles.interval.shape[0] - 2)
 
 
 def sum_by_index(
@@ -320,10 +331,10 @@ def query_bias(
         total = total + _take(table, distance, table.shape[0])
     if bias.by_interval is not None:
         table = jnp.pad(bias.by_interval.astype(jnp.float32), (0, 1))
-        is_token = segment >= 0
-        query = _time_or(jnp.inf, bias.query_time_s, is_token).reshape(-1)
-        asked = query.at[jnp.asarray(layout.starts) + position].get(mode="fill", fill_value=jnp.inf)
-        interval = asked[owner] - _time_or(-jnp.inf, bias.key_time_s, is_token)
-        index = interval_buckets(interval, table.shape[0] - 2)
+        asked = bias.query_time_s.reshape(-1)
+        place = jnp.asarray(layout.starts) + position
+        asked = asked.at[place].get(mode="fill", fill_value=NO_TIME)
+        key = jnp.where(segment >= 0, bias.key_time_s, NO_TIME)
+        index = interval_buckets(intervals(asked[owner], key), table.shape[0] - 2)
         total = total + _take(table, index, table.shape[0])
     return total

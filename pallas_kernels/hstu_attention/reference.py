@@ -72,8 +72,8 @@ def attention_bias(bias: bias_lib.AttentionBias, layout: SequenceLayout) -> Floa
         total += bias.by_distance[jnp.minimum(distance, bias.by_distance.shape[0] - 1)]
     if bias.by_interval is not None:
         query, key = bias.query_time_s[:, :, None], bias.key_time_s[:, None, :]
-        is_timed = jnp.isfinite(query) & jnp.isfinite(key)
-        interval = jnp.where(is_timed, jnp.abs(query - key), 0)
+        is_timed = (query != bias_lib.NO_TIME) & (key != bias_lib.NO_TIME)
+        interval = jnp.where(is_timed, jnp.abs(query - key), 0).astype(jnp.float32)
         edges = jnp.asarray(bias_lib.interval_edges(bias.by_interval.shape[0] - 1))
         bucket = jnp.searchsorted(edges, interval, side="right") - 1
         total += jnp.where(is_timed, bias.by_interval[bucket], 0)

@@ -10,6 +10,10 @@ from hstu_jax.config import checks, resolve, sampler_schema
 
 _HSTU = "model.user_tower.hstu"
 _NEXT = {"model.objective": "next_item"}
+_TIME_BIAS = {
+    f"{_HSTU}.stu.use_time_bias": True,
+    f"{_HSTU}.positional_encoder.use_time_encoding": False,
+}
 
 
 def resolved(values):
@@ -28,6 +32,8 @@ def test_the_objective_resolves():
     config = resolved({**_NEXT, "model.next_item.time": "own"})
     assert (config.model.objective, config.model.next_item.time) == ("next_item", "own")
     assert resolved({}).model.objective == "window"
+    own = {f"{_HSTU}.stu.time_bias_query": "own", "feature_groups.query_time": ()}
+    assert resolved({**_NEXT, **_TIME_BIAS, **own}).model.objective == "next_item"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +62,16 @@ def test_the_objective_resolves():
             {**_NEXT, "feature_groups.query_time": ()},
             "reads the request's time at a user's last token, and feature_groups.query_time names "
             "none; name it, or use next_item.time='own'.",
+        ),
+        (
+            {**_NEXT, **_TIME_BIAS, "feature_groups.query_time": ()},
+            "with stu.use_time_bias=True and stu.time_bias_query='next_request' asks at the "
+            "request's time at a user's last token, and feature_groups.query_time names none; name "
+            "it, or use time_bias_query='own'.",
+        ),
+        (
+            {**_TIME_BIAS, "feature_groups.uih_timestamp": ()},
+            "feature_groups.uih_timestamp=(): must name a feature, since the model reads it.",
         ),
         (
             {**_NEXT, f"{_HSTU}.stu.contextual_seq_len": 3},
@@ -92,7 +108,9 @@ def test_the_objective_resolves():
 def test_refused(values, message):
     with pytest.raises(checks.ConfigError, match=re.escape(message)) as caught:
         resolved(values)
-    if "reads" in message or "needs" in message:
+    if "the model reads it" in message:
+        assert str(caught.value) == message
+    elif "reads" in message or "needs" in message:
         assert str(caught.value).startswith("model.objective='next_item': ")
 
 

@@ -137,3 +137,14 @@ def test_the_mean_baseline_has_no_tail():
     tower = model_schema.UserTowerConfig(hstu=hstu)
     assert sequence_rules.tail_len(tower) == 4
     assert sequence_rules.tail_len(dataclasses.replace(tower, encoder="mean")) == 0
+
+
+@pytest.mark.parametrize("fields", [dict(sla_k1=3), dict(sla_k1=3, sla_k2=1), dict(sla_k2=4)])
+def test_semi_local_attention_of_next_item_shows_contextual_tokens(fields):
+    stu = model_schema.StuConfig(**fields)
+    rule = sequence_rules.mask_rule(stu, num_contextual=2, objective="next_item")
+    assert rule.contextual_len == 0 and rule.prefix_len == max(2, stu.sla_k2)
+    plain = sequence_rules.mask_rule(
+        model_schema.StuConfig(), num_contextual=2, objective="next_item"
+    )
+    assert plain == attention_mask.MaskRule()

@@ -98,6 +98,17 @@ def test_masked_queries_may_hold_anything(block_scores):
     assert not np.asarray(pulls[0]["query"])[~np.asarray(mask[..., 0])].any()
 
 
+@pytest.mark.parametrize("block_scores", [1, 10**6])
+def test_a_negative_that_is_no_number_reaches_the_loss_and_every_gradient(block_scores):
+    inputs = draw()
+    inputs["negative"] = inputs["negative"].at[1, 2, 0].set(jnp.nan)
+    assert np.isnan(run(inputs, block_scores=block_scores).loss_sum)
+    found = gradients(inputs, block_scores=block_scores)
+    is_used = np.asarray(inputs["query_mask"][1])
+    for name in ("query", "positive"):
+        assert np.isnan(np.asarray(found[name])[1, is_used]).any(axis=-1).all()
+
+
 def test_no_query_and_no_negative_give_zero():
     nobody = {**draw(), "query_mask": jnp.zeros((shared.GROUPS, shared.QUERIES), bool)}
     alone = draw(negatives=0)

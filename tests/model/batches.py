@@ -187,4 +187,9 @@ def make_batch(
         hard_negative_log_q=np.zeros((1, slots, num_hard), np.float32),
         block_len=placement.block_len,
         tail=tail,
+        # Whole seconds; in padding, an age that would show.
+        age_s=placement.to_grid(
+            np.clip(time_gap_s, -(2**24), 2**31 - 2**25).astype(np.int32),
+            fill=-12345 if np.isnan(fill) else 0,
+        )[None],
     )

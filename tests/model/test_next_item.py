@@ -168,6 +168,25 @@ def test_a_bias_by_time_asks_at_the_next_event_as_serving_asks_at_the_request():
     assert np.abs(found[last_tokens] - served(0 * request_gap)).max() > 0.01
 
 
+def test_a_bias_by_time_does_not_see_how_much_later_the_last_request_is():
+    """Bits, with years between a token's request and those behind it: ages are whole seconds."""
+    model, params, content, lookups, batch = setting("next_request")
+    before = np.asarray(vectors(model, params, lookups.history, lookups.contextual, batch))[0]
+    position = np.concatenate([np.arange(n) for n in LENGTHS])
+    years = 4 * 365 * 86_400
+    for last in (4, 7):
+        # The events behind `last + 1`, and the requests, are later; ages count from the request.
+        older = np.where(position <= last + 1, content.time_gap_s + years, content.time_gap_s)
+        later_lookups, later = at_every_token(
+            model, dataclasses.replace(content, time_gap_s=older), packed=True
+        )
+        after = vectors(model, params, later_lookups.history, later_lookups.contextual, later)[0]
+        has_next = position < np.repeat(LENGTHS, LENGTHS) - 1
+        kept = np.flatnonzero(has_next & (position <= last))
+        np.testing.assert_array_equal(np.asarray(after)[kept], before[kept])
+        assert np.abs(np.asarray(after)[: len(position)] - before[: len(position)]).max() > 0.01
+
+
 def gradients(model, params, lookups, batch):
     """|d (c . output of query q) / d input|: [Q, tokens] and [Q, users, C]."""
     weights = jax.random.normal(jax.random.key(1), (batch.query_mask.shape[1],))

@@ -11,6 +11,7 @@ import pytest
 
 from hstu_jax.config import checks, model_schema
 from hstu_jax.model import match, relative_bias
+from pallas_kernels.hstu_attention import bias as attention_bias
 from pallas_kernels.hstu_attention import mask as attention_mask
 from tests.model import batches, models, test_match, test_stu
 
@@ -20,11 +21,12 @@ CONTEXTUAL, NUM_DISTANCES, NUM_BUCKETS = 2, 6, 25
 def test_times_of_tokens_by_hand():
     """Two users in a row, one of them with contextual tokens alone; a gap of padding."""
     layout = batches.place([5, 2], row_len=8, packed=True).layout()
-    gap = np.array([[1e9, 1e9, 90.0, 40.0, 7.0, 1e9, 1e9, np.nan]], np.float32)
-    time, following = relative_bias.token_times(layout, jnp.asarray(gap), contextual_len=2)
-    inf = np.inf
-    np.testing.assert_array_equal(time, [[inf, inf, -90, -40, -7, inf, inf, inf]])
-    np.testing.assert_array_equal(following, [[inf, inf, -40, -7, 0, inf, inf, inf]])
+    age = np.array([[10**9, 10**9, 90, 40, 7, 10**9, 10**9, 55]], np.int32)
+    time, following = relative_bias.token_times(layout, jnp.asarray(age), contextual_len=2)
+    none = attention_bias.NO_TIME
+    np.testing.assert_array_equal(time, [[none, none, -90, -40, -7, none, none, none]])
+    np.testing.assert_array_equal(following, [[none, none, -40, -7, 0, none, none, none]])
+    assert relative_bias.token_times(layout, None, contextual_len=2) == (None, None)
 
 
 def paper_layer(time_query="next_request", **fields):
@@ -35,10 +37,8 @@ def paper_layer(time_query="next_request", **fields):
     return test_stu.make_layer(rule=rule, use_silu_qkv=True, logit_bias=bias, **fields)
 
 
-def timed(sequence, time_gap_s):
-    time, following = relative_bias.token_times(
-        sequence.layout, time_gap_s, contextual_len=CONTEXTUAL
-    )
+def timed(sequence, age_s):
+    time, following = relative_bias.token_times(sequence.layout, age_s, contextual_len=CONTEXTUAL)
     return dataclasses.replace(sequence, time_s=time, next_time_s=following)
 
 
@@ -67,7 +67,7 @@ def test_layer_equals_float64_loops(time_query):
     steps = np.floor(np.exp(rng.uniform(0, 8, int(placement.lengths.sum()))))
     splits = np.cumsum(placement.lengths)[:-1]
     gaps = np.concatenate([np.cumsum(part[::-1])[::-1] for part in np.split(steps, splits)])
-    grid = jnp.asarray(placement.to_grid(gaps.astype(np.float32), fill=np.nan))
+    grid = jnp.asarray(placement.to_grid(gaps.astype(np.int32), fill=-12345))
     sequence = test_stu.sequence_of(placement)
     x = jnp.zeros((placement.num_rows, placement.row_len, test_stu.WIDTH))
     init = functools.partial(layer.init, sequence=timed(sequence, grid))
@@ -101,7 +101,7 @@ def test_layer_equals_float64_loops(time_query):
 
     # The newest event's time is known to nobody that asks before it, but to contextual rows.
     last = 8 if time_query == "own" else 7
-    changed = placement.from_grid(run(x, grid.at[0, 8].set(1.0)))
+    changed = placement.from_grid(run(x, grid.at[0, 8].set(1)))
     np.testing.assert_array_equal(changed[CONTEXTUAL:last], out[CONTEXTUAL:last])
 
 
@@ -137,7 +137,7 @@ def test_first_values_and_sizes():
     bias = relative_bias.RelativeBias(
         num_distances=200, num_time_buckets=128, time_query="next_request"
     )
-    for first in jax.tree.leaves(bias.init(jax.random.key(0), *[jnp.zeros((1, 1))] * 2)):
+    for first in jax.tree.leaves(bias.init(jax.random.key(0), *[jnp.zeros((1, 1), jnp.int32)] * 2)):
         assert 0.015 < np.std(first) < 0.025
 
 

@@ -34,17 +34,18 @@ def random_bias(shape, seed=0):
     key_time = np.cumsum(steps, axis=1) - 50_000
     query_time = np.concatenate([key_time[:, 1:], key_time[:, -1:] + 5], axis=1)
     is_untimed = rng.random(shape) < 0.15
-    query_time[is_untimed] = key_time[is_untimed] = np.inf
-    return [x.astype(np.float32) for x in (by_distance, by_interval, query_time, key_time)]
+    query_time[is_untimed] = key_time[is_untimed] = bias_lib.NO_TIME
+    tables = [x.astype(np.float32) for x in (by_distance, by_interval)]
+    return [*tables, *(x.astype(np.int32) for x in (query_time, key_time))]
 
 
 def pair_terms(by_distance, by_interval, query_time, key_time):
     """Distance index and bucket of every pair [R, L, L], and whether the bucket counts."""
     slot = np.arange(query_time.shape[1])
     distance = np.minimum(np.abs(slot[:, None] - slot[None]), len(by_distance) - 1)
-    query, key = (x.astype(np.float64) for x in (query_time, key_time))
-    is_timed = np.isfinite(query)[:, :, None] & np.isfinite(key)[:, None, :]
-    interval = np.where(is_timed, query[:, :, None] - np.where(np.isinf(key), 0, key)[:, None], 0)
+    query, key = (x.astype(np.int64) for x in (query_time, key_time))
+    is_timed = (query != bias_lib.NO_TIME)[:, :, None] & (key != bias_lib.NO_TIME)[:, None, :]
+    interval = np.where(is_timed, query[:, :, None] - key[:, None], 0)
     bucket = np.floor(np.log(np.maximum(np.abs(interval), 1)) / 0.301).astype(int)
     return distance, np.minimum(bucket, len(by_interval) - 1), is_timed
 
@@ -124,6 +125,15 @@ def test_buckets_are_the_rule_at_every_edge():
     assert right[-1] == 50 and len(set(right)) > 45
     ends = np.array([np.inf, -np.inf, 3e38], np.float32)
     np.testing.assert_array_equal(buckets(ends), [51, 51, 50])
+
+
+def test_intervals_are_exact_whatever_the_origin():
+    """A query and its keys years before the origin; the ends of int32; slots without a time."""
+    years = 40 * 365 * 86_400
+    query = jnp.array([0, -years, 2**24, bias_lib.NO_TIME, 5], jnp.int32)
+    key = jnp.array([-3, -years - 7, -(2**31 - 1 - 2**24), 4, bias_lib.NO_TIME], jnp.int32)
+    expected = [3, 7, 2**31, np.inf, np.inf]
+    np.testing.assert_array_equal(bias_lib.intervals(query, key), expected)
 
 
 ROWS, ROW_LEN, SEGMENTS = 2, 11, 5
@@ -207,7 +217,7 @@ def test_any_segments_equal_the_dense_formula_with_poison_in_padding(number, dat
         is_padding[start : start + length] = False
     is_padding = is_padding.reshape(ROWS, ROW_LEN)
     arrays = [np.where(is_padding[..., None, None], np.float32(np.nan), x) for x in arrays]
-    tables[2:] = [np.where(is_padding, np.float32(np.nan), x) for x in tables[2:]]
+    tables[2:] = [np.where(is_padding, np.int32(-777), x) for x in tables[2:]]
     schedule = (starts, lengths, pairs[None], np.array([count], np.int32), targets)
     results = property_program(number)(arrays, tables, *schedule)
     kept = [True] * 4 + use
@@ -225,7 +235,7 @@ WRONG = {
     "bucket off by one": lambda d, i, q, k: (d, np.roll(i, 1), q, k),
     "own time of the query": lambda d, i, q, k: (d, i, k, k),
     "next time of the key": lambda d, i, q, k: (d, i, q, q),
-    "everything timed": lambda d, i, q, k: (d, i, np.nan_to_num(q), np.nan_to_num(k)),
+    "everything timed": lambda d, i, q, k: (d, i, *(np.maximum(x, -(2**24)) for x in (q, k))),
 }
 
 
@@ -233,8 +243,7 @@ WRONG = {
 def test_wrong_variant_is_caught(variant):
     arrays, tables, mask = inputs()
     results = compiled("xla")(*arrays, tables)
-    with np.errstate(invalid="ignore"):
-        wrong = expected(arrays, WRONG[variant](*tables), mask)
+    wrong = expected(arrays, WRONG[variant](*tables), mask)
     for name, result, e in zip(NAMES, results, wrong, strict=True):
         with pytest.raises(AssertionError):
             assert_close([result], [e], [name])
@@ -279,7 +288,7 @@ def test_last_query_is_the_last_row_of_the_full_op(implementation):
     run = jax.jit(functools.partial(results_of, attend))
     # In padding and for an empty user anything may stand.
     is_padding = np.asarray(layout.token_segments(LAYOUT)) < 0
-    times = [np.where(is_padding, np.float32(np.nan), x) for x in tables[2:]]
+    times = [np.where(is_padding, np.int32(-777), x) for x in tables[2:]]
     empty = np.nan if implementation == "xla" else 0.0
     results = run(per_segment(q, empty), k, v, g, [*tables[:2], *times])
     assert_close(results, (per_segment(full[0]), per_segment(full[1]), *full[2:]))
@@ -294,7 +303,7 @@ def test_memory_is_linear_in_the_length(form):
         token = jax.ShapeDtypeStruct((2, length, 1, 8), jnp.float32)
         query = jax.ShapeDtypeStruct((2, 1, 8), jnp.float32) if form == "last" else token
         tables = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in (length, 129)]
-        tables += [jax.ShapeDtypeStruct((2, length), jnp.float32)] * 2
+        tables += [jax.ShapeDtypeStruct((2, length), jnp.int32)] * 2
         attend = functools.partial(op, layout=built, rule=MaskRule(), alpha=0.3, divisor=9.0)
         run = jax.jit(functools.partial(results_of, attend))
         compiled = run.lower(query, token, token, query, tables).compile()
@@ -358,6 +367,13 @@ def test_auto_falls_back_from_the_kernel_and_says_so(monkeypatch, caplog):
         (dict(by_distance=np.ones(0, np.float32)), r"shape=\(0,\): an empty table; use None"),
         (dict(by_distance=np.ones(2, np.int32)), "bias.by_distance.dtype=int32: must be one of"),
         (dict(by_interval=np.ones(2, np.float32)), "bias.query_time_s=None: times and .* together"),
+        (
+            dict(
+                by_interval=np.ones(2, np.float32),
+                query_time_s=np.ones((LAYOUT.num_rows, LAYOUT.row_len), np.float32),
+            ),
+            "bias.query_time_s.dtype=float32: must be int32, whole seconds from an origin of your",
+        ),
     ],
 )
 def test_bad_input_is_refused(fields, message):

@@ -12,7 +12,7 @@ from hstu_jax.config import resolve
 from hstu_jax.config.feature_schema import IdFeature, NormalizerConfig, RawFeature, SequenceConfig
 from hstu_jax.config.tower_schema import TimestampLayerNormConfig
 from hstu_jax.data import event_store, list_export
-from hstu_jax.serving import artifact, catalogue, contract, exporter, live_check, trained
+from hstu_jax.serving import artifact, catalogue, contract, exporter, live_check, lowering, trained
 from hstu_jax.training import run as run_lib
 from tests.data import lists
 from tests.training.small_config import small_config
@@ -163,7 +163,7 @@ def test_pooled_missing_and_unknown_values_are_counted(of_lists):
 
 @pytest.fixture(scope="module")
 def of_original_ids(small_store, tmp_path_factory):
-    """A next-item model of an event store whose items have an author, looked up by item."""
+    """A next-item model with a bias by time, whose items have an author, looked up by item."""
     folder = tmp_path_factory.mktemp("original")
     items = np.arange(small_store.num_items)
     store = event_store.write_store(
@@ -181,6 +181,7 @@ def of_original_ids(small_store, tmp_path_factory):
         folder / "run",
         model__objective="next_item",
         model__user_tower__hstu__attn_num_layers=1,
+        model__user_tower__hstu__stu__use_time_bias=True,
     )
     author = IdFeature(num_buckets=7, embedding_dim=4)
     config = dataclasses.replace(
@@ -231,6 +232,9 @@ def test_original_ids_and_features_of_items(of_original_ids):
         model, opened.manifest, columns, item_values={"uih_seq__author": events * 3 % 7}
     )
     np.testing.assert_allclose(opened.embed_users(original), live, rtol=0, atol=1e-6)
+    layer = model.variables["params"]["user_tower"]["encoder"]["stack"]["layers_0"]
+    assert np.ptp(layer["logit_bias"]["by_interval"]) > 0
+    assert lowering.user_shapes(model.config, batch=1, length=3)["age_s"].dtype == np.int32
     assert opened.counts["unknown_item_ids"] < opened.counts["history_items"]
     np.testing.assert_array_equal(opened.item_ids(), item_ids)
     items = live_check.item_vectors(

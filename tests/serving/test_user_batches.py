@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hstu_jax.features import next_item, time_phases
+from hstu_jax.features import ages, next_item, time_phases
 from hstu_jax.serving import input_columns, user_batches
 from hstu_jax.serving import manifest as manifest_lib
 
@@ -34,6 +34,7 @@ def test_gaps_between_events_are_the_trainings(kind):
     rng = np.random.default_rng(0)
     lengths = np.array([3, 0, 1, 4])
     time = 1_650_000_000 + np.cumsum(rng.integers(0, 5000, 8))
+    time[:1] = -(10**12)  # older than an age can be
     request = np.full(4, 1_660_000_000)
     histories = input_columns.Histories(
         lengths=lengths,
@@ -66,5 +67,9 @@ def test_gaps_between_events_are_the_trainings(kind):
         gaps = inputs["step_gap_s"].reshape(-1)
         np.testing.assert_array_equal(gaps[plan.slots], expected[plan.events])
         assert np.count_nonzero(np.delete(gaps, plan.slots)) == 0
+        event_request = np.repeat(request, lengths)[plan.events]
+        np.testing.assert_array_equal(
+            inputs["age_s"].reshape(-1)[plan.slots], ages.ages(event_request, time[plan.events])
+        )
         phases = time_phases.time_phases(histories.newest_s[plan.rows], periods)
         np.testing.assert_array_equal(inputs["last_phase"][: len(plan.rows)], phases)
