@@ -96,7 +96,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(exported, tmp_path, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, name, killed)
-    monkeypatch.setattr(exporter.shutil, "rmtree", lambda *a, **k: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
     with pytest.raises(KeyboardInterrupt):
         export(exported, tmp_path / "export")
     assert not (tmp_path / "export").exists()
