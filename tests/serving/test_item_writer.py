@@ -1,5 +1,6 @@
 """Item files that break a rule are named with their column; new items replace the old ones."""
 
+import json
 import shutil
 
 import numpy as np
@@ -7,7 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hstu_jax.serving import artifact, catalogue, feature_values, item_writer, unfinished
+from hstu_jax.serving import (
+    artifact,
+    catalogue,
+    contract,
+    feature_values,
+    item_writer,
+    prediction,
+    unfinished,
+)
+from hstu_jax.serving import manifest as manifest_lib
 
 
 @pytest.fixture
@@ -160,3 +170,66 @@ def test_training_counts_of_item_files(tmp_path):
     write(tmp_path / "items", "b.parquet", video_id=[1], train_count=["many"])
     with pytest.raises(TypeError, match="b.parquet column train_count: not whole numbers"):
         catalogue.training_items_of_files(pattern, id_column="video_id")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_load_during_a_refresh_is_of_one_generation(copy, tmp_path, monkeypatch, verify):
+    """The items are replaced behind the check of their parts, or in the middle of it."""
+    opened = artifact.load(copy)
+    pattern = write(tmp_path / "new", video_id=[7, 3, 5])
+    original, calls = manifest_lib.check_parts, []
+
+    def check_then_replace(folder, parts, *, verify):
+        original(folder, parts, verify=verify)
+        if folder.name == "items" and not calls:
+            calls.append(folder)
+            item_writer.write_items(opened, item_writer.read_rows(pattern), copy)
+
+    monkeypatch.setattr(manifest_lib, "check_parts", check_then_replace)
+    found = artifact.load(copy, verify=verify)
+    assert calls and found.item_ids().tolist() == [7, 3, 5]
+    np.testing.assert_array_equal(found.item_vectors(), opened.embed_items({"video_id": [7, 3, 5]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record | {"parts": {}}, "items.json: parts does not list is_cold.npy|"
+         "items.json: parts does not list item_ids.npy, which is in use"),
+        (lambda record: record | {"num_items": 3}, "item_ids.npy: 1000 items, and items.json say"),
+    ],
+)  # fmt: skip
+def test_records_that_do_not_cover_the_items_are_refused(copy, change, message):
+    file = copy / "items" / "items.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=message):
+        artifact.load(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["programs/cpu/item.bin", "tables/video_id_emb.npy", "training_items/ids.npy"]
+)
+def test_a_file_that_no_hash_covers_is_refused(copy, name):
+    file = copy / "manifest.json"
+    content = json.loads(file.read_text())
+    del content["parts"][name]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"parts does not list {name}, which is in use"):
+        artifact.load(copy)
+
+
+def test_vectors_that_no_list_column_holds_are_refused(opened, tmp_path):
+    users = tmp_path / "users.parquet"
+    pq.write_table(pa.table({"a": [1]}), users)
+    with pytest.raises(ValueError, match="batch_rows=1073741824: a column of lists holds 1342177"):
+        prediction.predict(
+            opened,
+            input_path=str(users),
+            output_path=str(tmp_path / "out.parquet"),
+            options=prediction.PredictOptions(batch_rows=2**30),
+        )
+
+
+def test_an_item_input_of_original_strings_says_so(exported):
+    promises = contract.make_contract(exported.model.config, translated={"video_id": "key"})
+    assert [each.dtype for each in promises.item_inputs] == ["key"]
