@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             self._answer(200, self._top_k())
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, NotImplementedError) as error:  # Arrow's too
             self._answer(400, {"error": str(error)})
 
     def _top_k(self):

@@ -126,7 +126,15 @@ def _of_the_data(config: schema.Config) -> dict[str, Any]:
     catalogue.check_ids(config, ids)
     seen, store = None, None
     if pattern != "store":
-        id_column = contract.make_contract(config).item_id_column
+        promises = contract.make_contract(config)
+        id_column = promises.item_id_column
+        kinds = {each.name: each.dtype for each in promises.item_inputs}
+        item_writer.check_files(
+            pattern,
+            columns=tuple(kinds),
+            id_column=id_column,
+            must_be_integers=ids == "model" and kinds[id_column] == "id",
+        )
         seen = catalogue.training_items_of_files(pattern, id_column=id_column)
     needs_maps = ids == "original" or bool(catalogue.history_features_of_items(config))
     if pattern == "store" or seen is None or needs_maps:

@@ -10,7 +10,8 @@ _FUSED = "chooses an implementation there, not other numbers; leave it out"
 _KIND = "{} there is a kind; not built: use rowwise_adagrad, adagrad, adam or sgd"
 _TF32 = "float32 products are computed in full; leave it out"
 _BY_TIME = "checkpoints are counted in steps; use save_checkpoints_steps"
-_NO_EXPORT = "export is not built yet; leave it out"
+_EXPORT = "`python -m hstu_jax.export`"
+_NO_EXPORT = f"{_EXPORT} writes float32 programs; leave it out"
 
 # kind -> fields that keep their names, besides lr.
 _SPARSE_KINDS = {
@@ -181,11 +182,14 @@ _EXPORT = (
     *refused(
         "export_config",
         {
-            "exporter_type": f"{_NO_EXPORT}; train.keep_best keeps the best checkpoint",
+            "exporter_type": (
+                f"leave it out; {_EXPORT} takes the newest checkpoint, with --best that of "
+                "train.keep_best"
+            ),
             "mixed_precision": _NO_EXPORT,
             "cudnn_allow_tf32": _NO_EXPORT,
             "cuda_matmul_allow_tf32": _NO_EXPORT,
-            "use_dense_ema": _NO_EXPORT,
+            "use_dense_ema": f"{_EXPORT} takes the parameters that eval.use_dense_ema chooses",
         },
     ),
 )

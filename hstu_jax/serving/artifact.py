@@ -123,6 +123,11 @@ class Artifact:
         self._item_keys = None if keys is None else _open_array(path / keys)
         training = manifest.training_items
         self._training_items = _open_array(path / training.ids)
+        column = manifest.item_id_column
+        # Hashes and vocabularies take an integer and its decimal string for one id.
+        self._has_keys = column not in manifest.translations and any(
+            each.name == column and each.dtype == "key" for each in manifest.item_inputs
+        )
         self._parameters = {
             tower: _read_parameters(path, tower, manifest.parameters) for tower in ("user", "item")
         }
@@ -218,7 +223,11 @@ class Artifact:
         """bool [n]: items that training has seen.
 
         Args:
-            ids: item ids, as an array or list or an Arrow array.
+            ids: item ids, as an array or list or an Arrow array. Where ids are hashed or words of
+                a vocabulary, an integer is its decimal string.
+
+        Raises:
+            TypeError: fractions, or strings where ids are integers, or the other way round.
         """
         array = ids if isinstance(ids, pa.Array) else pa.array(ids)
         name = self.manifest.item_id_column
@@ -226,7 +235,8 @@ class Artifact:
         known, values = self._training_items, column.values
         if not len(values) or not len(known):
             return np.zeros(len(column), bool)
-        if values.dtype.kind == "f" or (values.dtype.kind == "U") != (known.dtype.kind == "U"):
+        is_other = (values.dtype.kind == "U") != (known.dtype.kind == "U")
+        if values.dtype.kind == "f" or (is_other and not self._has_keys):
             kind = "strings" if known.dtype.kind == "U" else "integers"
             raise TypeError(f"column {name}: type {array.type}: item ids are {kind} here.")
         return column.spread(feature_values.find(known, values) >= 0, False)

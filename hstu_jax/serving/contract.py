@@ -99,7 +99,10 @@ def make_contract(
             )
             for each in _user_inputs(config, layout, history_column, item_feature, of_items)
         ),
-        item_inputs=_item_inputs(config, item_column, item_feature),
+        item_inputs=tuple(
+            dataclasses.replace(each, dtype=translated.get(each.name, each.dtype))
+            for each in _item_inputs(config, item_column, item_feature)
+        ),
         history_column=history_column,
         item_id_column=item_column,
         history=manifest_lib.History(

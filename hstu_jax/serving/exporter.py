@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import shutil
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
@@ -27,6 +27,7 @@ from hstu_jax.serving import (
     lowering,
     part_writer,
     trained,
+    unfinished,
 )
 from hstu_jax.serving import manifest as manifest_lib
 
@@ -136,7 +137,8 @@ def export(
     """Exports a model.
 
     The folder appears under its name when it is whole, loaded and compared. One that was killed
-    leaves `.<name>-<process>.unfinished` beside it, which nothing loads and the next one removes.
+    leaves `.<name>-<process>.unfinished` beside it, which nothing loads and the next one removes;
+    those of exports that run are left alone.
 
     Args:
         model: from a checkpoint.
@@ -164,11 +166,10 @@ def export(
         },
         of_items=tuple(data_maps.item_values),
     )
-    for killed in folder.parent.glob(f".{folder.name}-*{artifact.UNFINISHED}"):
-        shutil.rmtree(killed)
+    ending = re.escape(artifact.UNFINISHED)
+    unfinished.remove_abandoned(folder.parent, rf"\.{re.escape(folder.name)}-\d+{ending}")
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}{artifact.UNFINISHED}")
-    temporary.mkdir(parents=True)
-    try:
+    with unfinished.held(temporary):
         manifest = _write(model, promises, temporary, training_items, data_maps, options, echo)
         text = manifest_lib.to_json(manifest)
         read_back = manifest_lib.from_fields(
@@ -187,8 +188,6 @@ def export(
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Report(folder=folder, manifest=manifest, check=check, items=written)
 
 

@@ -5,7 +5,6 @@ does for training; a test holds the two together. Next on the path: `row_table.p
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping
 
@@ -18,6 +17,7 @@ from hstu_jax.serving import manifest as manifest_lib
 NO_ID = -1
 _MISSING_ID, _UNLISTED_ID = 0, 1  # of a vocabulary, whose words have 2, 3, ...
 _FIRST_WORD = 2
+_LARGEST, _MOST_DIGITS = np.iinfo(np.int64).max, 19  # of an int64, which item ids are
 _FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
@@ -127,6 +127,8 @@ class Rules:
 
     def __init__(self, folder: pathlib.Path, translations: Mapping[str, manifest_lib.Translation]):
         self._folder, self._translations = folder, translations
+        self._words_read: dict[tuple[str, str], dict[str, int]] = {}
+        self._keys_read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def translate(self, column: Column, name: str, *, where: str) -> Column:
         """Original ids -> the model's; a key that is not listed becomes the unlisted number."""
@@ -175,29 +177,58 @@ class Rules:
         ids = np.array([known.get(word, _UNLISTED_ID) for word in text], dtype=np.int64)
         return ids, _MISSING_ID, ids == _UNLISTED_ID
 
-    @functools.cache  # noqa: B019 (as long-lived as the folder's other arrays)
     def _words(self, file: str, default_value: str) -> dict[str, int]:
+        if (file, default_value) in self._words_read:
+            return self._words_read[file, default_value]
         words = np.load(self._folder / file, allow_pickle=False).tolist()
         known = {word: number + _FIRST_WORD for number, word in enumerate(words)}
         if default_value:
             known[default_value] = _MISSING_ID
+        self._words_read[file, default_value] = known
         return known
 
-    @functools.cache  # noqa: B019
     def _keys(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        files = self._translations[name]
-        return tuple(
-            np.load(self._folder / file, mmap_mode="r", allow_pickle=False)
-            for file in (files.keys, files.numbers)
-        )
+        if name not in self._keys_read:
+            files = self._translations[name]
+            keys, numbers = (
+                np.load(self._folder / file, mmap_mode="r", allow_pickle=False)
+                for file in (files.keys, files.numbers)
+            )
+            self._keys_read[name] = keys, numbers
+        return self._keys_read[name]
 
 
 def find(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Places of the values among ascending keys; -1 for those that are not there."""
-    if not len(keys):
+    """Places of the values among ascending keys; -1 for those that are not there.
+
+    Where one side holds integers and the other strings, an integer is its decimal string, as in the
+    item catalogue of training. An integer outside int64 is not there.
+    """
+    if not len(keys) or not len(values):
         return np.full(len(values), -1, np.int64)
+    is_possible = np.ones(len(values), bool)
+    if keys.dtype.kind == "U":
+        values = values.astype(np.str_)
+    elif values.dtype.kind == "U":
+        values, is_possible = _decimals(values)
+    elif values.dtype == np.uint64:  # NumPy compares it to int64 as floats
+        is_possible = values <= np.uint64(_LARGEST)
+        values = values.astype(np.int64)
     place = np.minimum(np.searchsorted(keys, values), len(keys) - 1)
-    return np.where(keys[place] == values, place, -1)
+    return np.where(is_possible & (keys[place] == values), place, -1)
+
+
+def _decimals(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64, whether the word is that integer as `str` writes it)."""
+    numbers, is_number = np.zeros(len(words), np.int64), np.zeros(len(words), bool)
+    for at, word in enumerate(words.tolist()):
+        digits = word.removeprefix("-")
+        # Nineteen digits at most: an int of any size costs time.
+        if digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS:
+            number = int(word)
+            is_number[at] = str(number) == word and -_LARGEST - 1 <= number <= _LARGEST
+            numbers[at] = number if is_number[at] else 0
+    return numbers, is_number
 
 
 def to_rows(
@@ -294,6 +325,6 @@ def _normalize(x, rule):
 
 
 def _as_text(values: np.ndarray, where: str) -> np.ndarray:
-    if values.dtype.kind == "f":
+    if values.dtype.kind == "f" and len(values):  # NumPy's empty list is one of floats
         raise TypeError(f"{where}: {values.dtype} found; ids are integers or strings.")
     return values.astype(np.str_)

@@ -5,6 +5,7 @@ One of the loader's files (see `manifest.py`). Here: reading. Writing is in `ite
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -15,6 +16,8 @@ from hstu_jax.serving import manifest as manifest_lib
 FOLDER = "items"
 FILE = "items.json"
 IDS, VECTORS, IS_COLD, PARQUET = "item_ids.npy", "item_vectors.npy", "is_cold.npy", "items.parquet"
+PARTS = (IDS, VECTORS, IS_COLD, PARQUET)
+_ATTEMPTS = 5  # a refresh takes longer than a load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class Items:
 def read(folder: pathlib.Path, *, model_version: str, verify: bool) -> Items | None:
     """Opens the items of an exported folder; None where it has none.
 
+    All that is given is of one generation, also while a refresh replaces the folder.
+
     Args:
         folder: the exported folder.
         model_version: of its manifest.
@@ -63,8 +68,33 @@ def read(folder: pathlib.Path, *, model_version: str, verify: bool) -> Items | N
         ValueError: a part is missing, damaged, or made by another model; names it.
     """
     items = folder / FOLDER
-    if not items.is_dir():
-        return None
+    for attempt in range(_ATTEMPTS):
+        try:
+            opened = os.open(items, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        # Files are opened by name, and a refresh gives the name to another folder. While this one
+        # is open, no other can have its number: an equal one at the end says that it stayed.
+        try:
+            found = _read(items, model_version=model_version, verify=verify)
+            if _is_still(items, opened):
+                return found
+        except (ValueError, OSError):
+            if attempt == _ATTEMPTS - 1 or _is_still(items, opened):
+                raise
+        finally:
+            os.close(opened)
+    raise ValueError(f"{items}: replaced {_ATTEMPTS} times while it was read; load again.")
+
+
+def _is_still(items: pathlib.Path, opened: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(items), os.fstat(opened))
+    except FileNotFoundError:
+        return False
+
+
+def _read(items: pathlib.Path, *, model_version: str, verify: bool) -> Items:
     file = items / FILE
     if not file.is_file():
         raise ValueError(f"{file}: missing part; write the items again.")
@@ -83,9 +113,17 @@ def read(folder: pathlib.Path, *, model_version: str, verify: bool) -> Items | N
             f"{file}: model_version={record.model_version[:12]}, and the towers beside it are "
             f"{model_version[:12]}: the items are of another export; write them again."
         )
+    manifest_lib.require_listed(PARTS, record.parts, where=str(file))
     manifest_lib.check_parts(items, record.parts, verify=verify)
-    return Items(
+    found = Items(
         ids=np.load(items / IDS, allow_pickle=False),
         vectors=np.load(items / VECTORS, mmap_mode="r", allow_pickle=False),
         is_cold=np.load(items / IS_COLD, allow_pickle=False),
     )
+    for name, array in ((IDS, found.ids), (VECTORS, found.vectors), (IS_COLD, found.is_cold)):
+        if len(array) != record.num_items:
+            raise ValueError(
+                f"{items / name}: {len(array)} items, and {FILE} says {record.num_items}; write "
+                "the items again."
+            )
+    return found

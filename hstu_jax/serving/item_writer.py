@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu_jax.serving import artifact as artifact_lib
-from hstu_jax.serving import item_folder
+from hstu_jax.serving import item_folder, unfinished
 from hstu_jax.serving import manifest as manifest_lib
 
 BATCH_ROWS = 8192
@@ -48,18 +48,97 @@ def read_rows(pattern: str) -> Iterator[tuple[str, pa.RecordBatch]]:
         raise FileNotFoundError(
             f"item_input_path={pattern!r}: no such file; give parquet files with one item a row."
         )
+    original = _original_type({file: _read_schema(file) for file in files})
     num_rows = 0
     for file in files:
-        try:
-            source = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file}: not a parquet file ({error}).") from None
-        with source:
+        with pq.ParquetFile(file) as source:
             for batch in source.iter_batches(batch_size=BATCH_ROWS):
                 num_rows += batch.num_rows
-                yield file, batch
+                yield file, _with_original_id(batch, original, file)
     if not num_rows:
         raise ValueError(f"item_input_path={pattern!r}: no rows in {', '.join(files)}.")
+
+
+def check_files(
+    pattern: str, *, columns: Sequence[str], id_column: str, must_be_integers: bool
+) -> None:
+    """Checks item files before the long part of an export.
+
+    Args:
+        pattern: as of `read_rows`.
+        columns: that the files must have.
+        id_column: which of them has the ids.
+        must_be_integers: whether ids may not be strings.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no rows, a missing column, an id that is missing or on two rows.
+        TypeError: ids of another kind.
+    """
+    ids = []
+    for file, batch in read_rows(pattern):
+        for name in columns:
+            if name not in batch.schema.names:
+                raise ValueError(
+                    f"{file} column {name}: missing; the file has {sorted(batch.schema.names)}."
+                )
+        some = item_ids(batch, id_column, where=file)
+        if must_be_integers and some.dtype.kind == "U":
+            raise TypeError(
+                f"{file} column {id_column}: type {batch.column(id_column).type}: item ids are "
+                "integers here."
+            )
+        ids.append(some)
+    _refuse_twice(np.concatenate(ids), f"item_input_path={pattern!r} column {id_column}")
+
+
+def _read_schema(file: str) -> pa.Schema:
+    try:
+        return pq.read_schema(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a parquet file ({error}).") from None
+
+
+def _original_type(schemas: Mapping[str, pa.Schema]) -> pa.DataType | None:
+    """The type of `original_id` in all files together, or None where no file has it.
+
+    Raises:
+        TypeError: two files have it of types that do not go together.
+    """
+    found: pa.Schema | None = None
+    first = ""
+    for file, schema in schemas.items():
+        if ORIGINAL_ID not in schema.names:
+            continue
+        kind = schema.field(ORIGINAL_ID).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        one = pa.schema([(ORIGINAL_ID, kind)])
+        try:
+            found = pa.unify_schemas([found or one, one], promote_options="permissive")
+        except pa.ArrowTypeError:
+            raise TypeError(
+                f"{file} column {ORIGINAL_ID}: type {kind}, and {found.field(0).type} in {first}; "
+                "write one type."
+            ) from None
+        first = first or file
+    return None if found is None else found.field(0).type
+
+
+def _with_original_id(
+    batch: pa.RecordBatch, kind: pa.DataType | None, where: str
+) -> pa.RecordBatch:
+    """The rows with `original_id` of that type, null where their file has none."""
+    if kind is None:
+        return batch
+    if ORIGINAL_ID not in batch.schema.names:
+        return batch.append_column(ORIGINAL_ID, pa.nulls(batch.num_rows, kind))
+    at = batch.schema.get_field_index(ORIGINAL_ID)
+    try:
+        values = batch.column(at).cast(kind)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{where} column {ORIGINAL_ID}: not all of {kind} ({error}).") from None
+    return batch.set_column(at, ORIGINAL_ID, values)
 
 
 def write_items(
@@ -85,15 +164,12 @@ def write_items(
             rows at all, or a cold item that is refused; names file and column.
     """
     folder = pathlib.Path(folder)
+    unfinished.remove_abandoned(folder, rf"\.(old-)?{item_folder.FOLDER}-\d+")
     temporary = folder / f".{item_folder.FOLDER}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with unfinished.held(temporary):
         written = _write(artifact, item_rows, temporary, on_cold)
         sync_tree(temporary)
         _put_in_place(temporary, folder / item_folder.FOLDER)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return written
 
 
@@ -153,6 +229,11 @@ def _write(artifact, item_rows, folder: pathlib.Path, on_cold: str) -> Written:
                 )
             vectors.write(rows.tobytes())
             writer = writer or pq.ParquetWriter(folder / item_folder.PARQUET, _schema(some))
+            if _schema(some) != writer.schema:
+                raise ValueError(
+                    f"{where}: columns {_schema(some).to_string()} and in earlier rows "
+                    f"{writer.schema.to_string()}; give all rows the same id columns."
+                )
             writer.write_table(_table(some, rows, writer.schema))
         if writer is None:
             raise ValueError("item rows: there are none; give at least one item.")
@@ -164,13 +245,12 @@ def _write(artifact, item_rows, folder: pathlib.Path, on_cold: str) -> Written:
     _refuse_twice(all_ids, column)
     np.save(folder / item_folder.IDS, all_ids, allow_pickle=False)
     np.save(folder / item_folder.IS_COLD, cold, allow_pickle=False)
-    names = (item_folder.IDS, item_folder.VECTORS, item_folder.IS_COLD, item_folder.PARQUET)
     record = item_folder.Record(
         format_version=manifest_lib.FORMAT_VERSION,
         model_version=manifest.model_version,
         num_items=len(all_ids),
         num_cold=int(cold.sum()),
-        parts={name: manifest_lib.describe_part(folder / name) for name in names},
+        parts={name: manifest_lib.describe_part(folder / name) for name in item_folder.PARTS},
     )
     text = json.dumps(dataclasses.asdict(record), indent=1, sort_keys=True)
     (folder / item_folder.FILE).write_text(text + "\n")
@@ -198,7 +278,7 @@ def item_ids(batch: pa.RecordBatch, name: str, *, where: str) -> np.ndarray:
     """Item ids of rows: int64, or strings.
 
     Raises:
-        ValueError: an id is missing.
+        ValueError: an id is missing, or is an integer of 2^63 or more.
         TypeError: neither integers nor strings.
     """
     array = batch.column(name)
@@ -208,7 +288,13 @@ def item_ids(batch: pa.RecordBatch, name: str, *, where: str) -> np.ndarray:
         at = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
         raise ValueError(f"{where} column {name}: row {at} is null; every item needs an id.")
     if pa.types.is_integer(array.type):
-        return array.to_numpy(zero_copy_only=False).astype(np.int64)
+        try:
+            return array.cast(pa.int64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{where} column {name}: an id is 2^63 or more ({error}); write such ids as "
+                "strings."
+            ) from None
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         return np.array(array.to_pylist(), dtype=np.str_)
     raise TypeError(

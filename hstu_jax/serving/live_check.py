@@ -1,7 +1,8 @@
 """Is an opened folder the live model? Invented rows through both, before an export is finished.
 
 The live side takes the training's own path: `features.id_mapping`, the rows of the tables, numpy's
-block schedule, the model with its parameters. Only the exporter reads this file.
+block schedule, the model with its parameters. Only the exporter reads this file. The rows are from
+`invented_rows.py`.
 """
 
 import dataclasses
@@ -13,18 +14,16 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from hstu_jax.config.feature_schema import IdFeature, RawFeature
+from hstu_jax.config.feature_schema import IdFeature
 from hstu_jax.data import list_layout, raw_columns
 from hstu_jax.features import ages, id_mapping, next_item, sequence_rules, time_phases
 from hstu_jax.features import batch as batch_lib
 from hstu_jax.model import feature_lookup
-from hstu_jax.serving import artifact, lowering, trained
+from hstu_jax.serving import artifact, invented_rows, lowering, trained
 from hstu_jax.serving import manifest as manifest_lib
 from hstu_jax.tables import spec as table_spec
 from pallas_kernels.hstu_attention import layout as attention_layout
 
-_NUM_USERS, _NUM_ITEMS = 8, 64
-_REQUEST_S = 1_700_000_000
 _TOLERANCE = 1e-5  # of vectors that have length 1, or of a larger one's length
 
 
@@ -51,7 +50,7 @@ def compare(model: trained.Trained, opened: artifact.Artifact) -> Differences:
     Raises:
         ValueError: they differ.
     """
-    invent = _Inventor(model, opened)
+    invent = invented_rows.Inventor(model, opened)
     users, items = invent.users(), invent.items()
     live_users = user_vectors(
         model,
@@ -61,7 +60,7 @@ def compare(model: trained.Trained, opened: artifact.Artifact) -> Differences:
     )
     live_items = item_vectors(model, opened.manifest, invent.in_ids_of_the_model(items))
     pairs = {
-        "user": (opened.embed_users(_as_inputs(users, opened.manifest)), live_users),
+        "user": (opened.embed_users(invented_rows.as_inputs(users, opened.manifest)), live_users),
         "item": (opened.embed_items(items), live_items),
     }
     for name in opened.counts:
@@ -75,7 +74,7 @@ def compare(model: trained.Trained, opened: artifact.Artifact) -> Differences:
                 f"the exported {tower} tower differs from the live model by {found[tower]:.1e}, "
                 f"more than {limit:.1e}; this is a defect of the export: please report it."
             )
-    return Differences(found["user"], found["item"], _NUM_USERS, _NUM_ITEMS)
+    return Differences(found["user"], found["item"], *map(len, (live_users, live_items)))
 
 
 def user_vectors(
@@ -250,132 +249,3 @@ def _tail(config, layout, rule) -> batch_lib.Tail | None:
         max_pairs=attention_layout.max_block_pairs(1, row_len, config.data.block_len),
         rule=rule,
     )
-
-
-class _Inventor:
-    """Makes up rows of the values that training could have met, in the ids of the inputs."""
-
-    def __init__(self, model: trained.Trained, opened: artifact.Artifact):
-        self._model, self._manifest, self._path = model, opened.manifest, opened.path
-        self._rng = np.random.default_rng(0)
-        self._known = {
-            name: dict(zip(self._read(each.keys), self._read(each.numbers), strict=True))
-            for name, each in opened.manifest.translations.items()
-        }
-
-    def users(self) -> dict[str, pa.Array]:
-        """Rows without history, with one event, with all that the model reads, and others."""
-        manifest, history, rng = self._manifest, self._manifest.history, self._rng
-        limit = history.max_seq_len
-        if history.sequence_length:
-            limit = min(limit, history.sequence_length)
-        lengths = np.array([0, 1, limit, *rng.integers(0, limit + 1, _NUM_USERS - 3)])
-        total = int(lengths.sum())
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        place = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        ago = np.repeat(lengths, lengths) - place
-        events = {
-            history.timestamp: pa.array(_REQUEST_S - ago * 977 - 1),
-            history.action: pa.array(rng.integers(0, 256, total)),
-            history.watch_time: pa.array(rng.uniform(0, 90, total).astype(np.float32)),
-        }
-        events.pop(None, None)
-        items = {f.column: f for f in manifest.candidate_features}.get(manifest.item_id_column)
-        for feature in manifest.history_features:
-            if feature.item_values is None and feature.column not in events:
-                events[feature.column] = self._values(feature, total)
-        if history.items not in events and items is not None:
-            events[history.items] = self._values(items, total)
-        columns = {
-            name: pa.ListArray.from_arrays(offsets, values) for name, values in events.items()
-        }
-        for feature in manifest.contextual_features:
-            if feature.column not in columns:
-                columns[feature.column] = self._rows(feature)
-        if history.request_time is not None:
-            columns[history.request_time] = pa.array(np.full(len(lengths), _REQUEST_S))
-        return columns
-
-    def items(self) -> dict[str, pa.Array]:
-        """Items with every feature."""
-        columns: dict[str, pa.Array] = {}
-        for feature in self._manifest.candidate_features:
-            if feature.column not in columns:
-                columns[feature.column] = self._values(feature, _NUM_ITEMS)
-        if self._manifest.item_id_column not in columns:
-            columns[self._manifest.item_id_column] = pa.array(np.arange(_NUM_ITEMS))
-        return columns
-
-    def in_ids_of_the_model(self, columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
-        """The columns as training had them: original ids translated one by one, lists as lists."""
-        manifest = self._manifest
-        features = (
-            *manifest.history_features, *manifest.contextual_features, *manifest.candidate_features,
-        )  # fmt: skip
-        result = dict(columns)
-        for feature in features:
-            if feature.translation is None or feature.column not in columns:
-                continue
-            known = self._known[feature.translation]
-            array = columns[feature.column]
-            flat = array.flatten() if pa.types.is_list(array.type) else array
-            numbers = pa.array([int(known[value]) for value in flat.to_pylist()], pa.int64())
-            if pa.types.is_list(array.type):
-                numbers = pa.ListArray.from_arrays(array.offsets, numbers)
-            result[feature.column] = numbers
-        return result
-
-    def item_values(self, users: dict[str, pa.Array]) -> dict[str, np.ndarray]:
-        """Features that histories look up by item: their values of every event, one by one."""
-        manifest = self._manifest
-        if manifest.item_keys is None:
-            return {}
-        keys = {key: place for place, key in enumerate(self._read(manifest.item_keys))}
-        items = users[manifest.history.items].flatten().to_pylist()
-        place = np.array([keys.get(item, -1) for item in items], dtype=np.int64)
-        return {
-            feature.name: np.load(self._path / feature.item_values)[place]
-            for feature in manifest.history_features
-            if feature.item_values is not None
-        }
-
-    def _read(self, file: str) -> list:
-        return np.load(self._path / file, allow_pickle=False).tolist()
-
-    def _rows(self, feature) -> pa.Array:
-        values = self._values(feature, _NUM_USERS * max(feature.value_dim, 1))
-        if feature.value_dim < 2:
-            return values
-        offsets = np.arange(_NUM_USERS + 1, dtype=np.int32) * feature.value_dim
-        return pa.ListArray.from_arrays(pa.array(offsets), values)
-
-    def _values(self, feature: manifest_lib.Feature, num: int) -> pa.Array:
-        described: IdFeature | RawFeature = self._model.config.all_features[feature.name]
-        rng = self._rng
-        if feature.translation is not None:
-            keys = list(self._known[feature.translation])
-            return pa.array([keys[at] for at in rng.integers(0, len(keys), num)])
-        if isinstance(described, RawFeature):
-            return pa.array(rng.uniform(-5, 50, num))
-        if described.num_buckets:
-            return pa.array(rng.integers(0, described.num_buckets, num))
-        words = described.words() or tuple(map(str, range(1000)))
-        return pa.array([words[at] for at in rng.integers(0, len(words), num)], pa.string())
-
-
-def _as_inputs(
-    columns: dict[str, pa.Array], manifest: manifest_lib.Manifest
-) -> dict[str, pa.Array]:
-    """Lists, oldest first, as the folder reads histories: turned, or as strings."""
-    history, result = manifest.history, dict(columns)
-    for each in manifest.user_inputs:
-        if each.kind != "sequence":
-            continue
-        rows = columns[each.name].to_pylist()
-        if history.newest_first:
-            rows = [row[::-1] for row in rows]
-        if history.sequence_delim:
-            result[each.name] = pa.array([history.sequence_delim.join(map(str, r)) for r in rows])
-        elif history.newest_first:
-            result[each.name] = pa.array(rows, columns[each.name].type)
-    return result

@@ -1,6 +1,6 @@
 """`manifest.json` of an exported folder: its fields, its parts, and the checks before it is used.
 
-One of the loader's files: it imports the standard library alone, and the whole loader nothing but
+One of the loader's files: it needs the standard library alone, and the whole loader nothing but
 jax, numpy, orbax-checkpoint, flatbuffers and pyarrow. What is in the folder is in docs/serving.md;
 `exporter.py` writes it, `artifact.py` reads it.
 """
@@ -9,11 +9,12 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hstu_jax.serving import json_fields
+
+from_fields = json_fields.from_fields
 FORMAT_VERSION = 1
 FILE = "manifest.json"
 _HASH_BLOCK = 2**20  # bytes read at a time: a part may be larger than memory
@@ -282,7 +283,8 @@ def read(folder: pathlib.Path) -> Manifest:
 
     Raises:
         FileNotFoundError: no such folder, or no manifest in it.
-        ValueError: not JSON, another format version, other fields, or fields that were changed.
+        ValueError: not JSON, another format version, other fields, fields that were changed, or a
+            file in use that no hash covers.
     """
     file = folder / FILE
     if not file.is_file():
@@ -300,12 +302,50 @@ def read(folder: pathlib.Path) -> Manifest:
             f"{file}: format_version={found!r}: this version reads {FORMAT_VERSION}; export again."
         )
     manifest = from_fields(Manifest, raw, where=str(file))
+    require_listed(referenced_files(manifest), manifest.parts, where=str(file))
     if manifest.model_version != model_version(manifest):
         raise ValueError(
             f"{file}: model_version={manifest.model_version[:12]}: does not belong to the other "
             "fields: they were changed, or are of another export; export again."
         )
     return manifest
+
+
+def referenced_files(manifest: Manifest) -> list[str]:
+    """Files that the towers read; of a folder of parameters its name with a `/` behind it."""
+    features = (
+        *manifest.history_features, *manifest.contextual_features, *manifest.candidate_features,
+    )  # fmt: skip
+    files = [table.file for table in manifest.tables.values()]
+    files += [program.file for program in manifest.programs]
+    files += [f for each in manifest.translations.values() for f in (each.keys, each.numbers)]
+    files += [manifest.training_items.ids, manifest.training_items.counts]
+    files += [manifest.item_keys, *(feature.item_values for feature in features)]
+    files += [feature.rule.get("file") for feature in features]
+    files += [f"{array.tower}_tower/" for array in manifest.parameters]
+    return sorted({file for file in files if file is not None})
+
+
+def require_listed(files: Iterable[str], parts: Mapping[str, Part], *, where: str) -> None:
+    """Checks that files in use are parts, whose hashes are known.
+
+    Args:
+        files: names, as of `referenced_files`.
+        parts: of a manifest or record.
+        where: the file that has the parts, for messages.
+
+    Raises:
+        ValueError: a file is not listed; names it.
+    """
+    for file in files:
+        is_listed = file in parts
+        if file.endswith("/"):
+            is_listed = any(name.startswith(file) for name in parts)
+        if not is_listed:
+            raise ValueError(
+                f"{where}: parts does not list {file}, which is in use, so that no hash covers it; "
+                "copy the folder again."
+            )
 
 
 def check_parts(folder: pathlib.Path, parts: Mapping[str, Part], *, verify: bool) -> None:
@@ -348,48 +388,3 @@ def file_sha256(file: pathlib.Path) -> str:
         while block := source.read(_HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def from_fields(cls: type, raw: Any, *, where: str) -> Any:
-    """A dataclass from the values of JSON.
-
-    Args:
-        cls: a dataclass.
-        raw: what JSON holds of it.
-        where: file and field, for messages.
-
-    Raises:
-        ValueError: other fields, or a value of another type.
-    """
-    fields = [field.name for field in dataclasses.fields(cls)]
-    if not isinstance(raw, dict) or set(raw) != set(fields):
-        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{where}: the fields are {found}, expected {sorted(fields)}.")
-    hints = typing.get_type_hints(cls)
-    return cls(**{n: _convert(hints[n], raw[n], f"{where}: {n}") for n in fields})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return None if value is None else _convert(args[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_fields(hint, value, where=where)
-    if origin is tuple:
-        _require(isinstance(value, list), value, where)
-        is_pair = len(args) == 2 and args[1] is not Ellipsis
-        _require(not is_pair or len(value) == 2, value, where)
-        return tuple(_convert(args[0], each, where) for each in value)
-    if origin is not None:  # a mapping by name
-        _require(isinstance(value, dict), value, where)
-        return {name: _convert(args[1], each, f"{where}.{name}") for name, each in value.items()}
-    if hint is Any:
-        return value
-    is_right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    _require(is_right, value, where)
-    return value
-
-
-def _require(is_right: bool, value: Any, where: str) -> None:
-    if not is_right:
-        raise ValueError(f"{where}={value!r}: of the wrong type; export again.")

@@ -15,6 +15,7 @@ from hstu_jax.serving import parquet_parts
 from hstu_jax.serving.artifact import Artifact
 
 TOWERS = ("user", "item")
+_MOST_NUMBERS = 2**31 - 1  # of a column of lists, whose offsets are int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,13 +59,19 @@ def predict(
     Raises:
         FileNotFoundError: no input.
         FileExistsError: the output or its parts are of another run.
-        ValueError, TypeError: a column that is missing or breaks a rule.
+        ValueError, TypeError: a column that is missing or breaks a rule, or more rows at a time
+            than a column of lists can hold.
     """
     files = parquet_parts.expand(input_path, flag="--input")
     is_user = options.tower == "user"
     inputs = artifact.manifest.user_inputs if is_user else artifact.manifest.item_inputs
     embed = artifact.embed_users if is_user else artifact.embed_items
-    output_column = artifact.manifest.outputs[options.tower]
+    output_column, dim = artifact.manifest.outputs[options.tower], artifact.manifest.dim
+    if options.batch_rows * dim > _MOST_NUMBERS:
+        raise ValueError(
+            f"batch_rows={options.batch_rows}: a column of lists holds {_MOST_NUMBERS // dim} "
+            f"vectors of {dim} numbers; give at most that."
+        )
     job = parquet_parts.Job(
         output=pathlib.Path(output_path),
         identity={

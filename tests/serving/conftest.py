@@ -1,4 +1,4 @@
-"""One small model, exported once a session, and the rows that its vectors are compared on."""
+"""One small model, trained and exported once a session, and rows to compare its vectors on."""
 
 import dataclasses
 import pathlib
@@ -12,7 +12,7 @@ import pytest
 from hstu_jax.config import resolve
 from hstu_jax.data import list_export
 from hstu_jax.serving import artifact, catalogue, exporter, trained
-from hstu_jax.training import evaluation
+from hstu_jax.training import evaluation, loop
 from hstu_jax.training import run as run_lib
 from tests.training.small_config import small_config
 
@@ -39,12 +39,21 @@ class Exported:
 @pytest.fixture(scope="session")
 def exported(small_store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
-    config = small_config(small_store, folder / "run", data__block_len=8)
-    run = run_lib.build_run(config, small_store, devices=jax.devices()[:1])
-    state = run_lib.init_state(run)
-    checkpointer = run.checkpointer()
-    checkpointer.save(state, run.record())
-    checkpointer.close()
+    # Rates so large that the best step is not the newest one.
+    config = small_config(
+        small_store,
+        folder / "run",
+        data__block_len=8,
+        train__num_steps=4,
+        train__save_checkpoints_steps=2,
+        train__keep_best__metric="recall@50",
+        train__dense_optimizer__lr=0.02,
+        train__sparse_optimizer__lr=0.5,
+        eval__every_num_steps=2,
+    )
+    devices = jax.devices()[:1]
+    result = loop.fit(config, small_store, devices=devices, echo=lambda line: None)
+    run, state = result.run, result.state
     list_export.export(small_store, folder / "lists", options=list_export.ExportOptions())
     model = trained.from_state(config, state, recorded=resolve.to_text(config))
     report = exporter.export(

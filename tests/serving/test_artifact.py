@@ -190,4 +190,4 @@ def test_the_manifest_describes_the_inputs(opened):
     assert [each.name for each in opened.manifest.item_inputs] == ["video_id"]
     assert opened.manifest.history_column == "uih_seq__video_id"
     assert opened.manifest.item_id_column == "video_id"
-    assert opened.manifest.source_step == 0
+    assert opened.manifest.source_step == 4

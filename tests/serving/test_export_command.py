@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 from hstu_jax import export
-from hstu_jax.serving import artifact
+from hstu_jax.serving import artifact, exporter, live_check, trained
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
@@ -39,7 +40,7 @@ def test_a_checkpoint_is_exported_without_its_configuration(exported, live, give
     with flagsaver.as_parsed(**given):
         export.main()
     text = capsys.readouterr().out
-    assert "model     step 0 of" in text
+    assert "model     step 4 of" in text
     assert "items     1,000, 168 without a training event" in text
     opened = artifact.load(given["export_dir"])
     assert opened.manifest.model_version == exported.report.manifest.model_version
@@ -51,6 +52,35 @@ def test_a_checkpoint_is_exported_without_its_configuration(exported, live, give
     np.testing.assert_array_equal(table["original_id"].to_numpy(), original)
 
 
+def test_the_best_checkpoint_is_exported(exported, given, tmp_path):
+    """It is an earlier one here, with other vectors."""
+    items = tmp_path / "few.parquet"
+    pq.write_table(pq.read_table(f"{exported.lists}/items.parquet").slice(0, 50), items)
+    with flagsaver.as_parsed(**given | {"item_input_path": str(items)}, best="true"):
+        export.main()
+    opened = artifact.load(given["export_dir"])
+    (best,) = (int(each.name) for each in (exported.run.workdir / "best").iterdir())
+    assert best == 2 and opened.manifest.source_step == best
+    model = trained.read_checkpoint(exported.run.workdir, step_number="best")
+    ids = opened.item_ids()
+    expected = live_check.item_vectors(model, opened.manifest, {"video_id": pa.array(ids)})
+    np.testing.assert_allclose(opened.item_vectors(), expected, rtol=0, atol=1e-6)
+    newest = artifact.load(exported.folder, verify=False).item_vectors()[:50]
+    assert np.abs(opened.item_vectors() - newest).max() > 1e-3
+
+
+def test_wrong_items_are_refused_before_anything_is_lowered(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "export", None)
+    items = tmp_path / "twice.parquet"
+    pq.write_table(pa.table({"video_id": [3, 3], "train_count": [1, 1]}), items)
+    flags_given = given | {"item_input_path": str(items)}
+    with (
+        flagsaver.as_parsed(**flags_given),
+        pytest.raises(ValueError, match="twice.parquet' column video_id: id 3 is on two rows"),
+    ):
+        export.main()
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -58,8 +88,8 @@ def test_a_checkpoint_is_exported_without_its_configuration(exported, live, give
         ({"workdir": None}, ValueError, "--workdir=None: must be given"),
         ({"export_dir": None}, ValueError, "--export_dir=None: must be given"),
         ({"item_input_path": "no/*.parquet"}, FileNotFoundError, "item_input_path='no.*no such f"),
-        ({"checkpoint_step": "7"}, FileNotFoundError, r"no checkpoint of step 7; there are \[0\]"),
-        ({"best": True}, FileNotFoundError, "best: no such folder; train first with"),
+        ({"checkpoint_step": "7"}, FileNotFoundError, r"no checkpoint of step 7; there are \[2"),
+        ({"best": True, "workdir": "no"}, FileNotFoundError, "best: no such folder; train first"),
         ({"best": True, "checkpoint_step": "0"}, ValueError, "cannot be given with --best"),
         ({"batch_sizes": "8,many"}, ValueError, "--batch_sizes=8,many: must be whole numbers"),
         ({"history_lengths": "8"}, ValueError, "the longest must be .*max_seq_len=42"),

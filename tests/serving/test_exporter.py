@@ -20,6 +20,7 @@ from hstu_jax.serving import (
     part_writer,
     row_table,
     trained,
+    unfinished,
 )
 from hstu_jax.serving import manifest as manifest_lib
 from tests.serving.conftest import OPTIONS
@@ -96,7 +97,7 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(exported, tmp_path, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, name, killed)
-    monkeypatch.setattr(exporter.shutil, "rmtree", lambda *a, **k: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
     with pytest.raises(KeyboardInterrupt):
         export(exported, tmp_path / "export")
     assert not (tmp_path / "export").exists()
@@ -124,12 +125,15 @@ def _stand_in(monkeypatch, module, name):
 
 
 def test_the_next_export_removes_what_a_killed_one_left(exported, tmp_path, monkeypatch):
-    left = tmp_path / ".export-123.unfinished"
-    left.mkdir()
+    """And nothing of exports that run, or of other names."""
+    (tmp_path / ".export-123.unfinished").mkdir()
+    (tmp_path / ".export-v2-999.unfinished").mkdir()
     for module, name in STAGES[3:6]:
         _stand_in(monkeypatch, module, name)
-    export(exported, tmp_path / "export")
-    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    with unfinished.held(tmp_path / ".export-124.unfinished"):
+        export(exported, tmp_path / "export")
+        left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".export-124.unfinished", ".export-v2-999.unfinished", "export"]
 
 
 def test_a_used_folder_is_refused(exported):
@@ -224,13 +228,13 @@ def test_averaged_parameters_are_exported_where_evaluation_takes_them(exported):
 def test_checkpoints_are_found_or_named(exported, tmp_path):
     workdir = exported.run.workdir
     read = trained.read_checkpoint(workdir)
-    assert read.step == 0 and read.config == exported.model.config
+    assert read.step == 4 and read.config == exported.model.config
     for name, weights in exported.model.weights.items():
         np.testing.assert_array_equal(read.weights[name], weights)
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3; there are \[0\]"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3; there are \[2, 4\]"):
         trained.read_checkpoint(workdir, step_number=3)
     with pytest.raises(FileNotFoundError, match="best: no such folder; train first with .*keep_b"):
-        trained.read_checkpoint(workdir, step_number="best")
+        trained.read_checkpoint(tmp_path, step_number="best")
 
 
 def test_a_model_whose_items_have_no_id_is_refused(exported):

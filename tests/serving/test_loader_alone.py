@@ -12,7 +12,10 @@ import sys
 import sysconfig
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+
+from hstu_jax.serving import live_check
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 ENTRIES = ("hstu_jax.serving.artifact", "hstu_jax.serving.item_writer")
@@ -111,14 +114,47 @@ print(json.dumps(sorted(loaded)))
 """
 
 
+def lengths_of(table):
+    return table["uih_seq__video_id"].combine_chunks().value_lengths().to_numpy()
+
+
+def some_places(lengths, num):
+    """Random places of rows, among them one without history and the longest."""
+    order = np.random.default_rng(0).permutation(len(lengths))
+    wanted = [order[lengths[order] == length][0] for length in (0, lengths.max())]
+    return np.concatenate([wanted, order[~np.isin(order, wanted)]])[:num]
+
+
+def cut_to_one(row):
+    """A row with its newest event alone."""
+    columns = {}
+    for name in row.column_names:
+        values = row[name].combine_chunks()
+        is_list = name.startswith("uih_seq__")
+        columns[name] = pa.array([[values[0].as_py()[-1]]], values.type) if is_list else values
+    return pa.table(columns, row.schema)
+
+
 def test_a_fresh_process_with_nothing_else(exported, live, tmp_path):
     """Both towers in a process that holds the loader's files and the five packages alone."""
+    assert exported.report.manifest.source_step == 4  # of a run of the training's own loop
     for module in sorted(loader_files()[0]):
         target = tmp_path / "own" / pathlib.Path(*module.split(".")).with_suffix(".py")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file_of(module), target)
     rows, items, out = (tmp_path / name for name in ("rows.parquet", "items.parquet", "out.npz"))
-    pq.write_table(exported.rows("train").slice(0, 200), rows)
+    train = exported.rows("train")
+    places = some_places(lengths_of(train), 199)  # none of these has one event
+    one = cut_to_one(train.take([int(places[1])]))
+    users = pa.concat_tables([train.take(places), one])
+    # Empty, of one event, and longer than the 42 that the model reads.
+    assert len(users) == 200 and {0, 1, lengths_of(train).max()} <= set(lengths_of(users).tolist())
+    assert lengths_of(train).max() > 42
+    columns = {name: one[name].combine_chunks() for name in one.column_names}
+    live_one = live_check.user_vectors(
+        exported.model, exported.report.manifest, columns, item_values={}
+    )
+    pq.write_table(users, rows)
     pq.write_table(pq.read_table(exported.lists / "items.parquet"), items)
     site = sysconfig.get_paths()["purelib"]
     arguments = [allowed_modules(), *map(str, (tmp_path / "own", site, exported.folder))]
@@ -135,5 +171,6 @@ def test_a_fresh_process_with_nothing_else(exported, live, tmp_path):
     refused = {"flax", "optax", "ml_collections", "jaxtyping", "duckdb", "pallas_kernels"}
     assert not loaded & refused
     found = np.load(out)
-    np.testing.assert_allclose(found["users"], live[0][:200], rtol=0, atol=1e-6)
+    expected = np.concatenate([live[0][places], live_one])
+    np.testing.assert_allclose(found["users"], expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(found["items"], live[1], rtol=0, atol=1e-6)
