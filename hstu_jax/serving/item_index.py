@@ -5,8 +5,8 @@ Not here: its files, and what binds them to the items and the model (`index_fold
 of exact search (`search_catalogue.py`): equal scores for the same items, ties by lower id.
 
 Kinds: `flat` goes through all items, with the proof of exact search, so that its lists are the same
-however close the scores; `ivf` goes through the lists nearest to the user; `hnsw` walks a graph. The
-graph is built for neighbours, not for products: where the vectors differ in length, every item gets
+however close the scores; `ivf` goes through the lists nearest to the user, `hnsw` walks a graph. It
+is built for neighbours, not for products: where the vectors differ in length, every item gets
 one more number, sqrt(max |v|^2 - |v|^2), which makes the greatest product the least distance,
 |(u, 0) - (v, a)|^2 = |u|^2 + max |v|^2 - 2 u.v.
 """
