@@ -43,11 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         artifact, input_path=flags.input, output_path=flags.output, options=options
     )
     print(command_line.counts_line(artifact))
-    if summary.short:
-        print(
-            f"short     {summary.short:,} users have fewer than {flags.k} items to be shown, "
-            f"{summary.empty:,} of them none"
-        )
+    if line := summary.short_line(options):
+        print(line)
     print(f"wrote     {flags.output}: {summary.parts.rows:,} rows")
 
 

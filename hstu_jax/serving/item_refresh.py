@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from hstu_jax.serving import artifact as artifact_lib
-from hstu_jax.serving import item_index, item_writer
+from hstu_jax.serving import index_folder, item_index, item_writer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,10 @@ def refresh_items(
     Raises:
         FileNotFoundError: no such files.
         ImportError: the export has an index, and faiss does not load: nothing is changed then.
-        ValueError, TypeError: items that cannot be embedded: the old ones stay.
+        ValueError, TypeError: a damaged index.json, or items that cannot be embedded: the old ones
+            stay.
     """
-    options = item_index.built_options(artifact) if rebuild_index else None
+    options = index_folder.built_options(artifact) if rebuild_index else None
     if options is not None:
         item_index.import_faiss()
     try:

@@ -7,9 +7,11 @@ part is whole, its marker:
     OUTPUT.parts/part-00000-000000000-000065536.parquet     file number, first row, end of its rows
     OUTPUT.parts/part-00000-000000000-000065536.done        its hash; written by a rename
 
+    OUTPUT.parts/joined.parquet                             all parts, once it is whole
+
 The same call again skips parts with a marker. In the end the parts are joined in the order of the
 input, renamed to OUTPUT, and the folder is removed. Parts of another run are refused, as are parts
-that were changed.
+and input that were changed. `.OUTPUT.lock` is held meanwhile, so that no second call does the same.
 
 Not here: what is computed (`retrieval.py`, `prediction.py`). Imports are the loader's.
 """
@@ -29,8 +31,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu_jax.serving import output_lock
+
 _METADATA = b"hstu_jax.run"
-_FOOTER_BYTES = 65_536
+_JOINED, _DESCRIBED = "joined.parquet", "run.json"
 _PROGRESS_SECONDS = 5.0
 
 # Columns of the output from a batch of the input.
@@ -107,38 +111,47 @@ def run(files: Sequence[str], job: Job, *, echo: Callable[[str], None] = print) 
         job: what to do.
         echo: where the progress line goes.
 
-    Returns:
-        `Summary`.
-
     Raises:
-        FileExistsError: the output, or parts of it, are of another run.
-        ValueError, TypeError: a missing column, a damaged part, no rows, or what `process` raises;
-            names the file.
+        FileExistsError: the output, or parts of it, are of another run; or another process is
+            making it.
+        ValueError, TypeError: a missing column, reserved columns whose types do not go together,
+            a damaged part, input that changed meanwhile, no rows, or what `process` raises; names
+            the file.
     """
-    parts = _plan(files, job)
-    total = sum(part.stop - part.start for part in parts)
+    _plan(files, job)  # refuses what cannot be done before the files are hashed
+    with output_lock.locked(job.output):
+        return _run(files, job, echo)
+
+
+def _run(files: Sequence[str], job: Job, echo: Callable[[str], None]) -> Summary:
     identity = {**job.identity, "reserved_columns": list(job.reserved), "part_rows": job.part_rows}
     identity["input"] = [_describe(file) for file in files]
     run_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    parts, types = _plan(files, job)
+    total = sum(part.stop - part.start for part in parts)
+    folder = job.output.with_name(job.output.name + ".parts")
     if job.output.exists():
         _check_output(job.output, run_hash)
+        _remove_rest(folder)
         echo(f"{job.output}: complete already ({total:,} rows)")
         return Summary(rows=total, made=0, skipped=len(parts))
-    folder = job.output.with_name(job.output.name + ".parts")
     _open_folder(folder, identity)
     progress = _Progress(total, echo)
-    made = skipped = 0
-    for part in parts:
-        if _is_done(folder, part, run_hash):
-            skipped += 1
-            progress.add(part.stop - part.start, is_new=False)
-            continue
-        _make(folder, part, job, run_hash, progress)
-        made += 1
-    _join(folder, parts, job.output, run_hash)
+    made = 0
+    if not (folder / _JOINED).exists():
+        for part in parts:
+            if _is_done(folder, part, run_hash):
+                progress.add(part.stop - part.start, is_new=False)
+                continue
+            _make(folder, part, job, types, run_hash, progress)
+            made += 1
+        _check_input(files, identity["input"], folder)
+        _join(folder, parts, run_hash)
+    _remove_parts(folder)
+    os.replace(folder / _JOINED, job.output)
     shutil.rmtree(folder)
     progress.show()
-    return Summary(rows=total, made=made, skipped=skipped)
+    return Summary(rows=total, made=made, skipped=len(parts) - made)
 
 
 def rows_of(
@@ -163,11 +176,16 @@ def _batches(source, file, groups, columns, batch_rows, start):
             start += batch.num_rows
 
 
-def _plan(files: Sequence[str], job: Job) -> list[_Part]:
-    parts = []
+def _plan(files: Sequence[str], job: Job) -> tuple[list[_Part], dict[str, pa.DataType]]:
+    """The parts, and one type for each reserved column, to which all files' can be cast."""
+    parts: list[_Part] = []
+    types: dict[str, pa.DataType] = {}
     for number, file in enumerate(files):
         with _open(file) as source:
             _check_columns(source, file, [*job.reserved, *job.columns])
+            for name in job.reserved:
+                own = source.schema_arrow.field(name).type
+                types[name] = _common_type(types.get(name, own), own, f"{file} column {name}")
             metadata = source.metadata
             groups, start, stop = [], 0, 0
             for group in range(metadata.num_row_groups):
@@ -180,7 +198,21 @@ def _plan(files: Sequence[str], job: Job) -> list[_Part]:
                     groups, start = [], stop
     if not parts:
         raise ValueError(f"{files[0]}: no rows in {len(files)} file(s); give some.")
-    return parts
+    return parts, types
+
+
+def _common_type(before: pa.DataType, own: pa.DataType, where: str) -> pa.DataType:
+    if before == own:
+        return own
+    plain = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (before, own)]
+    schemas = [pa.schema({"column": kind}) for kind in plain]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowTypeError as error:
+        raise TypeError(
+            f"{where}: type {own}, and {before} in the files before it; a reserved column needs "
+            "one type."
+        ) from error
 
 
 def _open(file: str) -> pq.ParquetFile:
@@ -202,12 +234,22 @@ def _check_columns(source: pq.ParquetFile, file: str, columns: Sequence[str]) ->
 
 
 def _describe(file: str) -> dict[str, Any]:
-    """What tells a file's content: the footer has the place and statistics of every column."""
-    size = os.path.getsize(file)
-    with open(file, "rb") as stream:
-        stream.seek(max(size - _FOOTER_BYTES, 0))
-        footer = hashlib.sha256(stream.read()).hexdigest()
-    return {"file": os.path.abspath(file), "size_bytes": size, "footer_sha256": footer}
+    """What tells a file's content."""
+    return {
+        "file": os.path.abspath(file),
+        "size_bytes": os.path.getsize(file),
+        "sha256": _sha256(pathlib.Path(file)),
+    }
+
+
+def _check_input(
+    files: Sequence[str], described: Sequence[Mapping[str, Any]], folder: pathlib.Path
+) -> None:
+    for file, before in zip(files, described, strict=True):
+        if _describe(file) != before:
+            raise ValueError(
+                f"{file}: changed while it was read; remove the folder {folder} and run again."
+            )
 
 
 def _check_output(output: pathlib.Path, run_hash: str) -> None:
@@ -223,9 +265,9 @@ def _check_output(output: pathlib.Path, run_hash: str) -> None:
 
 
 def _open_folder(folder: pathlib.Path, identity: Mapping[str, Any]) -> None:
-    described = folder / "run.json"
+    described = folder / _DESCRIBED
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.glob("part-*.done")):  # nothing is lost
+    if not any(folder.glob("part-*.done")) and not (folder / _JOINED).exists():  # nothing is lost
         _write_text(described, json.dumps(identity, indent=1))
         return
     if not described.is_file():
@@ -254,7 +296,14 @@ def _is_done(folder: pathlib.Path, part: _Part, run_hash: str) -> bool:
     return True
 
 
-def _make(folder: pathlib.Path, part: _Part, job: Job, run_hash: str, progress) -> None:
+def _make(
+    folder: pathlib.Path,
+    part: _Part,
+    job: Job,
+    types: Mapping[str, pa.DataType],
+    run_hash: str,
+    progress: "_Progress",
+) -> None:
     file, temporary = folder / f"{part.name}.parquet", folder / f".{part.name}.writing"
     wanted = list(dict.fromkeys([*job.reserved, *job.columns]))
     writer = None
@@ -262,7 +311,7 @@ def _make(folder: pathlib.Path, part: _Part, job: Job, run_hash: str, progress) 
         with _open(part.file) as source:
             batches = _batches(source, part.file, part.groups, wanted, job.batch_rows, part.start)
             for _, start, table in batches:
-                result = _result(table, start, part.file, job)
+                result = _result(table, start, part.file, job, types)
                 writer = writer or pq.ParquetWriter(temporary, result.schema)
                 writer.write_table(result)
                 progress.add(table.num_rows, is_new=True)
@@ -274,23 +323,23 @@ def _make(folder: pathlib.Path, part: _Part, job: Job, run_hash: str, progress) 
     _write_text(folder / f"{part.name}.done", json.dumps(content))
 
 
-def _result(table: pa.Table, start: int, file: str, job: Job) -> pa.Table:
+def _result(
+    table: pa.Table, start: int, file: str, job: Job, types: Mapping[str, pa.DataType]
+) -> pa.Table:
     try:
+        reserved = {name: table[name].cast(types[name]) for name in job.reserved}
         computed = job.process(table)
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{file}, rows counted from {start}: {error}") from error
-    reserved = {name: table[name] for name in job.reserved}
     clash = sorted(set(reserved) & set(computed))
     if clash:
         raise ValueError(f"--reserved_columns={clash[0]}: is a column of the result; leave it out.")
     return pa.table({**reserved, **computed})
 
 
-def _join(
-    folder: pathlib.Path, parts: Sequence[_Part], output: pathlib.Path, run_hash: str
-) -> None:
-    temporary = folder / ".joined"
+def _join(folder: pathlib.Path, parts: Sequence[_Part], run_hash: str) -> None:
+    temporary = folder / ".joined.writing"
     with _open(str(folder / f"{parts[0].name}.parquet")) as source:
         schema = source.schema_arrow.with_metadata({_METADATA: run_hash.encode()})
     with pq.ParquetWriter(temporary, schema) as writer:
@@ -298,7 +347,20 @@ def _join(
             with _open(str(folder / f"{part.name}.parquet")) as source:
                 for group in range(source.num_row_groups):
                     writer.write_table(source.read_row_group(group).cast(schema))
-    os.replace(temporary, output)
+    os.replace(temporary, folder / _JOINED)
+
+
+def _remove_parts(folder: pathlib.Path) -> None:
+    """Before the output has its name: what a kill leaves after that binds no later run."""
+    for pattern in ("part-*.done", "part-*.parquet"):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _remove_rest(folder: pathlib.Path) -> None:
+    """Removes a folder whose output has its name already; one with parts of another run stays."""
+    if folder.is_dir() and not any(folder.glob("part-*.done")) and not (folder / _JOINED).exists():
+        shutil.rmtree(folder)
 
 
 def _write_text(file: pathlib.Path, text: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hstu_jax.serving import item_index, parquet_parts, top_k
+from hstu_jax.serving import index_folder, item_index, parquet_parts, top_k
 from hstu_jax.serving.artifact import Artifact
 from hstu_jax.serving.search_catalogue import Exclusions
 
@@ -61,12 +61,24 @@ class RetrieveSummary:
     Attributes:
         parts: rows and parts.
         short: rows computed now that have fewer than k items.
-        empty: of these, rows without any: the user has seen everything.
+        empty: of these, rows without any.
     """
 
     parts: parquet_parts.Summary
     short: int
     empty: int
+
+    def short_line(self, options: RetrieveOptions) -> str:
+        """For the screen; "" where every list is full."""
+        if not self.short:
+            return ""
+        why = "may be shown no more"
+        if options.index != "exact":
+            why += ", or the index found no more for them (compare with --index=exact)"
+        return (
+            f"short     {self.short:,} users have fewer than {options.k} items, {self.empty:,} of "
+            f"them none: they {why}"
+        )
 
 
 def retrieve(
@@ -113,14 +125,14 @@ def retrieve(
     identity = {
         "command": "retrieve",
         "model_version": artifact.manifest.model_version,
-        "items_sha256": item_index.items_sha256(artifact),
+        "items_sha256": index_folder.items_sha256(artifact),
         "k": options.k,
         "exclude_seen": options.exclude_seen,
         "exclude_cold": options.exclude_cold,
         "index": options.index,
     }
     if options.index == "faiss":
-        identity["index_sha256"] = item_index.read_description(artifact)["file_sha256"]
+        identity["index_sha256"] = index_folder.read(artifact).file_sha256
     job = parquet_parts.Job(
         output=pathlib.Path(output_path),
         identity=identity,

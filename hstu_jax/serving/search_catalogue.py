@@ -6,13 +6,17 @@ here. Next on the path: `top_k.py` and `item_index.py`. Imports are the loader's
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 # Stands after the last item of a list shorter than k, by kind of the ids.
 PADDING_IDS = {"i": -1, "U": ""}
 _CHECK_ROWS = 65_536
+# Held at a time: numbers of item vectors that are scored exactly (24 bytes each), and excluded
+# positions of a block of users (4 bytes each, on the device too).
+_EXACT_NUMBERS = 2**20
+_BLOCK_HIDDEN = 2**22
 # A device's float32 product of E terms is off by less than this times E |u| |v|: twice the bound of
 # a sum in any order, and twice again for products made of bfloat16 parts.
 _ROUNDING = 4 * 2.0**-24
@@ -61,10 +65,12 @@ class Exclusions:
                 "the offsets of these very ids."
             )
 
-    def rows(self, start: int, stop: int) -> "Exclusions":
-        """Those of the users start:stop."""
-        first, last = self.offsets[start], self.offsets[stop]
-        return Exclusions(self.offsets[start : stop + 1] - first, self.ids[first:last])
+    def take(self, users: np.ndarray) -> "Exclusions":
+        """Those of some users, in the order given."""
+        counts = np.diff(self.offsets)[users]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[users] - offsets[:-1], counts)
+        return Exclusions(offsets, self.ids[places])
 
 
 class Catalogue:
@@ -201,6 +207,8 @@ class Catalogue:
     ) -> TopK:
         """The k best of each user's candidates, exactly scored and ordered.
 
+        Vectors are read and scored for `_EXACT_NUMBERS` of their numbers at a time, whatever k is.
+
         Args:
             users: float32 [W, E].
             positions: integers [W, C], in the id order; each position once a user.
@@ -209,8 +217,12 @@ class Catalogue:
         """
         num_users, width = positions.shape
         positions = np.where(is_candidate, positions, 0)
-        of_items = self.vectors(positions.reshape(-1))
-        scores = _exact_scores(of_items, np.repeat(users, width, axis=0)).reshape(num_users, width)
+        scores = np.empty(positions.shape, np.float32)
+        flat_positions, flat_scores = positions.reshape(-1), scores.reshape(-1)
+        step = max(_EXACT_NUMBERS // self.dim, 1)
+        for start in range(0, flat_scores.size, step):
+            own = np.arange(start, min(start + step, flat_scores.size))
+            flat_scores[own] = _exact_scores(self.vectors(flat_positions[own]), users[own // width])
         scores = np.where(is_candidate, scores, np.float32(-np.inf))
         place = np.lexsort((positions, -scores), axis=-1)[:, :k]
         counts = np.minimum(is_candidate.sum(axis=1), k)
@@ -220,6 +232,35 @@ class Catalogue:
         best[:, : place.shape[1]] = np.take_along_axis(scores, place, axis=1)
         ids[np.arange(k) >= counts[:, None]] = self._padding
         return TopK(ids, best, counts.astype(np.int64))
+
+    def proven(
+        self,
+        result: TopK,
+        users: np.ndarray,
+        *,
+        k: int,
+        least: np.ndarray,
+        hidden: np.ndarray,
+        masked: np.ndarray,
+    ) -> TopK:
+        """The result of `order` with the users scored in full whom their candidates do not settle.
+
+        Args:
+            result: of the candidates.
+            users: float32 [W, E].
+            k: entries of the result.
+            least: float [W]: float32 products of items that are no candidates are not greater; -inf
+                where all items are.
+            hidden: integers [W, H]: positions not to be shown to a user, -1 for none.
+            masked: integers [M]: positions not to be shown to anyone.
+        """
+        bound = (least.astype(np.float64) + self.rounding_bound(users)).astype(np.float32)
+        is_open = (bound >= result.scores[:, k - 1]) & (least > -np.inf)
+        for row in np.flatnonzero(is_open):
+            own_hidden = np.concatenate([hidden[row], masked])
+            answer = self.exhaustive(users[row], own_hidden, k=k)
+            result.ids[row], result.scores[row], result.counts[row] = answer
+        return dataclasses.replace(result, num_exhaustive=int(np.count_nonzero(is_open)))
 
     def exhaustive(
         self, user: np.ndarray, hidden: np.ndarray, *, k: int
@@ -254,15 +295,44 @@ def as_ids(ids: np.ndarray) -> np.ndarray:
     return ids if ids.dtype.kind == "U" else ids.astype(np.int64)
 
 
-def concatenate(parts: Sequence[TopK], catalogue: Catalogue, *, k: int) -> TopK:
-    """The results of several blocks of users as one."""
+def user_blocks(
+    exclusions: Exclusions | None, num_users: int, *, most: int
+) -> Iterator[np.ndarray]:
+    """Users to be searched together; those with very many exclusions in blocks of their own.
+
+    A block's exclusions are padded to the longest: [users, a power of two], `_BLOCK_HIDDEN` at
+    most, or those of one user. Without the very long ones, blocks are in the users' order.
+
+    Args:
+        exclusions: of these users.
+        num_users: in all.
+        most: users of a block.
+    """
+    counts = np.zeros(num_users, np.int64) if exclusions is None else np.diff(exclusions.offsets)
+    usual = 1 << max((_BLOCK_HIDDEN // most).bit_length() - 1, 0)
+    users = np.flatnonzero(counts <= usual)
+    for start in range(0, len(users), most):
+        yield users[start : start + most]
+    rest = np.flatnonzero(counts > usual)
+    rest = rest[np.argsort(-counts[rest], kind="stable")]
+    while rest.size:
+        size = min(max(_BLOCK_HIDDEN // padded_size(int(counts[rest[0]]), None), 1), most)
+        yield rest[:size]
+        rest = rest[size:]
+
+
+def concatenate(
+    parts: Sequence[TopK], catalogue: Catalogue, *, blocks: Sequence[np.ndarray], k: int
+) -> TopK:
+    """The results of several blocks of users as one, in the users' order."""
     ids = np.empty((0, k), catalogue.ids.dtype)
     none = TopK(ids, np.empty((0, k), np.float32), np.empty(0, np.int64))
     parts = [none, *parts]
+    place = np.argsort(np.concatenate([np.empty(0, np.int64), *blocks]))
     return TopK(
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.scores for part in parts]),
-        np.concatenate([part.counts for part in parts]),
+        np.concatenate([part.ids for part in parts])[place],
+        np.concatenate([part.scores for part in parts])[place],
+        np.concatenate([part.counts for part in parts])[place],
         sum(part.num_exhaustive for part in parts),
     )
 

@@ -10,7 +10,6 @@ Not here: approximate search behind the same signature (`item_index.py`), files 
 Imports are the loader's, so that a server without the training code can search.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -24,6 +23,7 @@ from hstu_jax.serving.search_catalogue import (
     TopK,
     concatenate,
     padded_size,
+    user_blocks,
 )
 
 _ITEM_BLOCK = 16_384
@@ -102,18 +102,22 @@ class ExactSearch:
             ValueError: k is not 1..N, a vector is not finite, or shapes do not fit.
         """
         users = self.catalogue.check_users(user_vectors, k=k, exclusions=exclusions)
+        num_kept = min(k + max(_MIN_SPARE, k // 4), self.catalogue.num_items)
+        most = int(np.clip(_BLOCK_SCORES // num_kept, 1, self._user_block))
+        blocks = list(user_blocks(exclusions, len(users), most=most))
         parts = []
-        for start in range(0, len(users), self._user_block):
-            stop = min(start + self._user_block, len(users))
-            hidden = exclusions.rows(start, stop) if exclusions else None
-            parts.append(self._search_block(users[start:stop], k, hidden))
-        return concatenate(parts, self.catalogue, k=k)
+        for own in blocks:
+            hidden = self.catalogue.excluded_positions(
+                exclusions.take(own) if exclusions else None, len(own)
+            )
+            size = padded_size(len(own), most)
+            parts.append(self._search_block(users[own], hidden, size=size, num_kept=num_kept, k=k))
+        return concatenate(parts, self.catalogue, blocks=blocks, k=k)
 
-    def _search_block(self, users: np.ndarray, k: int, exclusions: Exclusions | None) -> TopK:
+    def _search_block(
+        self, users: np.ndarray, hidden: np.ndarray, *, size: int, num_kept: int, k: int
+    ) -> TopK:
         catalogue = self.catalogue
-        num_kept = min(k + max(_MIN_SPARE, k // 4), catalogue.num_items)
-        hidden = catalogue.excluded_positions(exclusions, len(users))
-        size = padded_size(len(users), self._user_block)
         device_users = np.zeros((size, catalogue.dim), np.float32)
         device_users[: len(users)] = users
         device_hidden = np.full((size, hidden.shape[1]), -1, np.int32)
@@ -130,14 +134,11 @@ class ExactSearch:
         )
         approximate, positions = approximate[: len(users)], positions[: len(users)]
         result = catalogue.order(users, positions, is_candidate=approximate > -np.inf, k=k)
-        least = approximate[:, -1].astype(np.float64)  # -inf: every item is a candidate
-        bound = (least + catalogue.rounding_bound(users)).astype(np.float32)
-        is_open = (num_kept < catalogue.num_items) & (bound >= result.scores[:, k - 1])
-        is_open &= least > -np.inf
-        for row in np.flatnonzero(is_open):
-            answer = catalogue.exhaustive(users[row], hidden[row], k=k)
-            result.ids[row], result.scores[row], result.counts[row] = answer
-        return dataclasses.replace(result, num_exhaustive=int(np.count_nonzero(is_open)))
+        least = approximate[:, -1]  # -inf: every item that may be shown is a candidate
+        if num_kept == catalogue.num_items:
+            least = np.full_like(least, -np.inf)
+        masked = np.empty(0, np.int64)  # masked items are not in the catalogue here
+        return catalogue.proven(result, users, k=k, least=least, hidden=hidden, masked=masked)
 
 
 @functools.partial(jax.jit, static_argnames=("num_kept", "mesh"))

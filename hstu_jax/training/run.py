@@ -167,6 +167,19 @@ def init_state(run: Run) -> state_lib.TrainState:
     )
 
 
+def untrained_state(config: schema.Config) -> state_lib.TrainState:
+    """The same on one device; needs no data."""
+    mesh = partition.make_mesh(schema.MeshConfig(), jax.devices()[:1])
+    program = step.make_program(config, run_length=schedules.RunLength(num_steps=1))
+    spec = _state_spec(config.mesh, program, mesh)
+    return _first_state(
+        program,
+        replicated=partition.replicated_sharding(mesh),
+        tables={name: jax.sharding.NamedSharding(mesh, one) for name, one in spec.tables.items()},
+        is_aligned=config.model.initialization == "aligned",
+    )
+
+
 def state_shapes(config: schema.Config) -> state_lib.TrainState:
     """Shapes and types of a configuration's state; needs no data and allocates nothing."""
     # No array of the state has a size that depends on the run's length.

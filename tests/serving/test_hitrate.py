@@ -114,7 +114,8 @@ def test_an_index_stands_beside(export, rows):
     item_index.build(export, options=options)
     worse = measured(export, path, index="faiss")
     assert worse.overlap < 1 and worse.figures["exact"] == exact
-    assert worse.figures["faiss ivf"]["recall@50"] < exact["recall@50"]
+    ivf = worse.figures["faiss ivf"]  # of full lists, so that a few figures may be the same
+    assert ivf != {name: pytest.approx(exact[name]) for name in ivf}
     assert "faiss ivf finds" in worse.text()
 
 

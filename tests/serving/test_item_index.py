@@ -1,13 +1,15 @@
 """The faiss index against exact search, and what binds it to an export."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
 
-from hstu_jax.serving import item_index, top_k
+from hstu_jax.serving import index_folder, item_index, top_k
 from hstu_jax.serving.item_index import AnnSearch, IndexOptions
 from tests.serving.stand_in import StandIn
 from tests.serving.test_top_k import exclusions, rows
@@ -78,7 +80,7 @@ def test_search_options_are_used(faiss, tmp_path):
 
     ivf = {"kind": "ivf", "nlist": 60}
     assert found_with(**ivf, nprobe=1) < 0.9 < found_with(**ivf, nprobe=60)
-    assert found_with(kind="ivf", nlist=5, nprobe=1) > found_with(**ivf, nprobe=1)
+    assert found_with(kind="ivf", nlist=1, nprobe=1) == 1
     hnsw = {"kind": "hnsw", "hnsw_m": 2, "ef_construction": 2}
     narrow = found_with(**hnsw, ef_search=1)
     assert narrow < found_with(**hnsw, ef_search=400)
@@ -105,6 +107,80 @@ def test_the_index_is_of_one_model_and_one_set_of_items(faiss, tmp_path):
     described.write_text(json.dumps({**content, "format_version": 9}))
     with pytest.raises(ValueError, match="format_version=9: this version reads 1"):
         AnnSearch(items)
+
+
+def test_flat_equals_exact_search_where_rounding_decides(faiss, tmp_path):
+    items = StandIn(tmp_path, num_items=3_000)
+    rng = np.random.default_rng(4)
+    items._vectors = (1 + 1e-7 * rng.normal(size=(3_000, 8))).astype(np.float32)
+    item_index.build(items, options=IndexOptions(kind="flat"))
+    users, ids, mask = np.ones((3, 8), np.float32) / 3, items.item_ids(), ~items.item_is_cold()
+    for item_mask in (None, mask):
+        exact = top_k.ExactSearch(ids, items.item_vectors(), item_mask=item_mask)
+        hidden = exclusions([exact.search(users, k=3).ids[0], [], ids])
+        expected = exact.search(users, k=5, exclusions=hidden)
+        found = AnnSearch(items, item_mask=item_mask).search(users, k=5, exclusions=hidden)
+        assert rows(found) == rows(expected)
+        assert found.num_exhaustive == 2  # who has seen everything needs no proof
+
+
+def test_lists_are_filled_by_searching_wider(faiss, tmp_path):
+    items = StandIn(tmp_path, num_items=3_000)
+    users, ids = users_of(items, 3), items.item_ids()
+    hidden = exclusions([[], ids[:2_000], ids[:-7]])
+    for options in (
+        IndexOptions(kind="ivf", nlist=60, nprobe=1),  # a list holds 50
+        IndexOptions(kind="hnsw", ef_search=1, ef_construction=40),
+    ):
+        item_index.build(items, options=options)
+        found = AnnSearch(items).search(users, k=500, exclusions=hidden)
+        assert found.counts.tolist() == [500, 500, 7]
+        assert not np.isin(found.ids[1], ids[:2_000]).any()
+        assert sorted(found.ids[2, :7]) == sorted(ids[-7:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "not whole JSON, truncated or changed"),
+        (lambda text: text.replace('"items_sha256"', '"items"'), "items_sha256=None: damaged"),
+        (lambda text: text.replace('"asked"', '"ask"'), "asked=None: damaged"),
+        (lambda text: text.replace('"nlist"', '"lists"'), "asked: damaged .*'lists'"),
+        (lambda text: "[]", "format_version=None: this version reads 1"),
+    ],
+)
+def test_a_damaged_description_is_named(tmp_path, damage, message):
+    items = StandIn(tmp_path)
+    options = IndexOptions(kind="flat")
+    given = {"is_augmented": False, "asked": options, "options": options, "faiss_version": "1"}
+    described = index_folder.write(items, lambda file: file.write_text("faiss"), **given)
+    assert index_folder.built_options(items) == index_folder.read(items).options == options
+    described.write_text(damage(described.read_text()))
+    for read in (index_folder.read, index_folder.built_options):
+        with pytest.raises(ValueError, match=f"index.json: {message}.*; build it with"):
+            read(items)
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path):
+    items, options = StandIn(tmp_path), IndexOptions(kind="flat")
+    given = {"is_augmented": False, "asked": options, "options": options, "faiss_version": "1"}
+    (tmp_path / "index").mkdir()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, alive = (tmp_path / f"index/.building-{pid}" for pid in (ended.pid, os.getppid()))
+    dead.touch()
+    alive.touch()
+    described = index_folder.write(items, lambda file: file.write_text("faiss"), **given)
+    assert not dead.exists() and alive.exists()
+    before = sorted(described.parent.iterdir())
+
+    def fails(file):
+        file.write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        index_folder.write(items, fails, **given)
+    assert sorted(described.parent.iterdir()) == before
 
 
 def test_an_absent_or_broken_faiss_is_named(monkeypatch, tmp_path):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -164,3 +166,109 @@ def test_wrong_input_is_named(files, tmp_path):
     clash = {"process": lambda table: {"name": table["x"]}}
     refused(ValueError, "--reserved_columns=name: is a column of the result", **clash,
             input_files=files[1:])  # fmt: skip
+
+
+def test_input_with_other_early_rows_is_another_run(tmp_path):
+    """The last 64 KiB of both files, and their sizes, are the same."""
+    for name, first in (("now", 1), ("before", 0)):
+        numbers = np.arange(40_000)
+        numbers[0] = first
+        table = pa.table({"x": numbers, "name": ["a"] * len(numbers)})
+        kinds = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        pq.write_table(table, tmp_path / name, **kinds)
+    file, output = tmp_path / "input", tmp_path / "o.parquet"
+    shutil.copy(tmp_path / "before", file)
+    large = {"part_rows": 40_000, "batch_rows": 40_000}
+    parquet_parts.run([str(file)], make_job(output, **large), echo=print)
+    assert (tmp_path / "now").read_bytes()[-70_000:] == file.read_bytes()[-70_000:]
+    shutil.copy(tmp_path / "now", file)
+    with pytest.raises(FileExistsError, match="not made by this call"):
+        parquet_parts.run([str(file)], make_job(output, **large), echo=print)
+
+
+def test_input_that_changes_while_it_is_read_is_refused(files, tmp_path):
+    output = tmp_path / "o.parquet"
+
+    def process(table):
+        if table["x"][0].as_py() == 100:  # the first file has been read
+            pq.write_table(pa.table({"x": [7] * 10, "name": ["c"] * 10}), files[0])
+        return {"square": table["x"]}
+
+    with pytest.raises(ValueError, match="a.parquet: changed while it was read; remove the folder"):
+        parquet_parts.run(files, make_job(output, process=process), echo=print)
+    assert not output.exists()
+    with pytest.raises(FileExistsError, match="parts of another run, input="):
+        parquet_parts.run(files, make_job(output), echo=print)
+
+
+def test_a_second_call_meanwhile_is_refused(files, tmp_path):
+    output = tmp_path / "o.parquet"
+
+    def process(table):
+        with pytest.raises(FileExistsError, match="o.parquet: another process is making it"):
+            parquet_parts.run(files, make_job(output), echo=print)
+        return {"square": table["x"]}
+
+    summary = parquet_parts.run(files, make_job(output, process=process), echo=print)
+    assert summary.made == 4 and not (tmp_path / ".o.parquet.lock").exists()
+    (tmp_path / ".o.parquet.lock").touch()  # of a process that was killed
+    parquet_parts.run(files, make_job(output), echo=print)
+
+
+@pytest.mark.parametrize("moment", ["before the output has its name", "after", "in removing"])
+def test_a_kill_at_the_end_leaves_nothing_that_binds(files, tmp_path, monkeypatch, moment):
+    output, replace = tmp_path / "o.parquet", os.replace
+
+    def killing_replace(source, target):
+        if pathlib.Path(target) == output:
+            if moment != "before the output has its name":
+                replace(source, target)
+            raise Killed
+        replace(source, target)
+
+    def killing_rmtree(folder):
+        (folder / "run.json").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if moment == "in removing":
+            patch.setattr(shutil, "rmtree", killing_rmtree)
+        else:
+            patch.setattr(os, "replace", killing_replace)
+        parquet_parts.run(files, make_job(output), echo=print)
+    folder, other = tmp_path / "o.parquet.parts", {"identity": {"command": "square", "k": 2}}
+    assert folder.exists()
+    if moment == "before the output has its name":
+        with pytest.raises(FileExistsError, match="parts of another run, k=1 there and 2 now"):
+            parquet_parts.run(files, make_job(output, **other), echo=print)
+    calls = []
+    summary = parquet_parts.run(files, make_job(output, calls=calls), echo=print)
+    assert (summary.made, summary.skipped, calls) == (0, 4, [])
+    assert not folder.exists() and pq.read_table(output).num_rows == 15
+    # The same kill, the output removed by hand, then other flags.
+    if moment != "before the output has its name":
+        folder.mkdir()
+        (folder / "run.json").write_text("{}")
+        output.unlink()
+        assert parquet_parts.run(files, make_job(output, **other), echo=print).made == 4
+
+
+def test_reserved_columns_of_several_types(tmp_path):
+    def run_with(*values):
+        for number, own in enumerate(values):
+            pq.write_table(pa.table({"x": [1], "name": own}), tmp_path / f"{number}")
+        calls, output = [], tmp_path / "o.parquet"
+        output.unlink(missing_ok=True)
+        files = [str(tmp_path / f"{number}") for number in range(len(values))]
+        try:
+            parquet_parts.run(files, make_job(output, calls=calls), echo=print)
+        finally:
+            assert calls or not list(tmp_path.glob("*.parts"))  # refused before anything is made
+        return pq.read_table(output)["name"]
+
+    narrow, wide = pa.array([5], pa.int32()), pa.array([2**40])
+    assert run_with(narrow, wide, pa.nulls(1)).to_pylist() == [5, 2**40, None]
+    words = pa.array(["a"])
+    assert run_with(words.dictionary_encode(), words).to_pylist() == ["a", "a"]
+    with pytest.raises(TypeError, match="1 column name: type string, and int64 in the files befo"):
+        run_with(wide, words)

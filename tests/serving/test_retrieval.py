@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hstu_jax.serving import item_index, prediction, retrieval
+from hstu_jax.serving import item_index, parquet_parts, prediction, retrieval
 from hstu_jax.serving.prediction import PredictOptions
 from hstu_jax.serving.retrieval import RetrieveOptions
 from tests.serving.stand_in import HISTORY, StandIn, write_users
@@ -100,6 +100,17 @@ def test_a_faiss_index_gives_the_same_and_its_rebuilding_is_another_run(
     item_index.build(export, options=item_index.IndexOptions(kind="hnsw"))
     with pytest.raises(FileExistsError, match="not made by this call"):
         run(export, path, tmp_path / "ann", exclude_seen=True, index="faiss")
+
+
+def test_short_lists_are_explained_by_what_was_searched():
+    parts = parquet_parts.Summary(rows=9, made=1, skipped=0)
+    summary = retrieval.RetrieveSummary(parts=parts, short=3, empty=1)
+    exact = summary.short_line(RetrieveOptions(k=8))
+    assert exact.endswith("3 users have fewer than 8 items, 1 of them none: they may be shown no m"
+                          "ore")  # fmt: skip
+    assert "or the index found no more" in summary.short_line(RetrieveOptions(k=8, index="faiss"))
+    full = retrieval.RetrieveSummary(parts=parts, short=0, empty=0)
+    assert full.short_line(RetrieveOptions(k=8)) == ""
 
 
 def test_wrong_calls_are_refused(export, histories, tmp_path):

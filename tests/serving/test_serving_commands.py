@@ -1,6 +1,7 @@
 """Lists, vectors, figures, new items and an endpoint over a real export."""
 
 import json
+import pathlib
 import shutil
 import sys
 import threading
@@ -19,6 +20,7 @@ from hstu_jax import export, hitrate, predict, retrieve
 from hstu_jax.serving import (
     artifact,
     benchmark,
+    benchmark_report,
     command_line,
     item_index,
     item_refresh,
@@ -27,6 +29,7 @@ from hstu_jax.serving import (
 from hstu_jax.training import evaluation
 
 HISTORY = "uih_seq__video_id"
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -253,18 +256,47 @@ def test_the_http_endpoint_answers(rows, export_dir):
         thread.join()
 
 
-def test_benchmarks_say_what_they_measured(export_dir, capsys):
-    latency = ["latency", "--export_dir", str(export_dir), "--lengths", "3,5000", "--repeats", "2"]
-    benchmark.main(latency)
-    text = capsys.readouterr().out
-    assert "history   5,000 events" in text and text.count("p99") == 4 and "MiB" in text
-    benchmark.main(["search", "--users", "20", "--items", "500", "--dim", "8", "--k", "10"])
-    assert "exact     top 10 of 500 items of width 8 for 20 users" in capsys.readouterr().out
+def test_benchmarks_say_what_they_measured(export_dir, tmp_path, capsys):
     pytest.importorskip("faiss")
-    benchmark.main(
-        ["index", "--items", "500", "--dim", "8", "--users", "5", "--k", "5", "--kinds", "flat"]
-    )
-    assert "flat      recall@5 1.0000" in capsys.readouterr().out
+    file = tmp_path / "figures.json"
+
+    def measured(command, **flags):
+        given = [f"--{name}={value}" for name, value in flags.items()]
+        benchmark.main([command, *given, f"--json={file}"])
+        return json.loads(file.read_text()), capsys.readouterr().out
+
+    latency, text = measured("latency", export_dir=export_dir, lengths="3,5000", repeats=2,
+                             endpoint=http_endpoint.__file__)  # fmt: skip
+    assert "history   5,000 events" in text and text.count("p99") == 6 and "MiB" in text
+    read = [(own["events"], own["read"], own["vector"]["calls"]) for own in latency["lengths"]]
+    assert read == [(3, 3, 2), (5_000, 42, 2)]
+    search, text = measured("search", users=20, items=500, dim=8, k=10)
+    assert "exact     top 10 of 500 items of width 8 for 20 users" in text
+    index, text = measured("index", items=500, dim=8, users=5, k=5, kinds="flat")
+    assert "flat      recall@5 1.0000" in text
+    lines = benchmark_report.report({"sample": latency}, search, [index])
+    assert [line.count("|") for line in lines if line.startswith("| sample | 5,000 (42)")] == [12]
+    assert any(line.startswith("| `flat` | 500 | 1.0000 @5") for line in lines)
+
+
+def test_a_short_time_ends_the_repeats_of_a_slow_call(export_dir, tmp_path, capsys):
+    flags = ["--lengths", "3", "--seconds", "0", "--json", str(tmp_path / "figures.json")]
+    benchmark.main(["latency", "--export_dir", str(export_dir), *flags])
+    (own,) = json.loads((tmp_path / "figures.json").read_text())["lengths"]
+    assert own["vector"]["calls"] == 20
+
+
+@pytest.mark.long
+def test_the_whole_report_of_small_sizes(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    benchmark_report.main(
+        ["--lengths", "8,128", "--repeats", "2", "--users", "20", "--items", "2000",
+         "--ivf_items", "2000", "--hnsw_items", "2000", "--wide_length", "128",
+         "--wide_layers", "1"]
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    for start in ("| sample | 8 (8)", "| sample | 128 (26)", "| wide | 128 (128)", "| `ivf` |"):
+        assert f"\n{start}" in text
 
 
 @pytest.mark.long

@@ -1,11 +1,13 @@
 """Exact search against a ranking of everything in float64."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
 
 from hstu_jax.serving import search_catalogue
-from hstu_jax.serving.search_catalogue import Exclusions
+from hstu_jax.serving.search_catalogue import Catalogue, Exclusions
 from hstu_jax.serving.top_k import ExactSearch
 
 
@@ -85,6 +87,51 @@ def test_the_proof_is_needed(monkeypatch):
     assert found.num_exhaustive == 2 and rows(found) == expected
     monkeypatch.setattr(search_catalogue, "_ROUNDING", -1.0)
     assert rows(ExactSearch(ids, vectors).search(users, k=5)) != expected
+
+
+def peak_mib(call):
+    """(result, MiB that numpy held at most meanwhile)."""
+    tracemalloc.start()
+    result = call()
+    peak = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    return result, peak
+
+
+def test_memory_does_not_grow_with_the_candidates():
+    rng = np.random.default_rng(5)
+    vectors = rng.standard_normal((2_000, 64), np.float32)
+    users = rng.standard_normal((32, 64), np.float32)
+    positions = np.broadcast_to(np.arange(2_000), (32, 2_000))
+    catalogue = Catalogue(np.arange(2_000), vectors)
+    is_candidate = np.ones(positions.shape, bool)
+    found, peak = peak_mib(
+        lambda: catalogue.order(users, positions, is_candidate=is_candidate, k=2_000)
+    )
+    assert rows(found)[7] == brute_force(users[7:8], np.arange(2_000), vectors, 2_000, [[]])[0]
+    assert peak < 40  # 98 MiB of vectors at 24 bytes a number
+
+
+def test_one_very_long_history_costs_only_itself(monkeypatch):
+    rng = np.random.default_rng(6)
+    ids = np.arange(3_000)
+    vectors = rng.normal(size=(3_000, 4)).astype(np.float32)
+    users = rng.normal(size=(40, 4)).astype(np.float32)
+    hidden = [rng.choice(ids, size=7) for _ in users]
+    hidden[3], hidden[20], hidden[21] = ids[:2_500], ids[400:], ids[:1_000]
+    expected = brute_force(users, ids, vectors, 10, hidden)
+    monkeypatch.setattr(search_catalogue, "_BLOCK_HIDDEN", 40 * 16)
+    sizes, padded = [], Catalogue.excluded_positions
+
+    def excluded_positions(self, exclusions, num_users):
+        sizes.append(padded(self, exclusions, num_users).shape)
+        return padded(self, exclusions, num_users)
+
+    monkeypatch.setattr(Catalogue, "excluded_positions", excluded_positions)
+    assert rows(ExactSearch(ids, vectors).search(users, k=10, exclusions=exclusions(hidden))) == (
+        expected
+    )
+    assert sorted(sizes) == [(1, 1024), (1, 4096), (1, 4096), (37, 8)]
 
 
 def test_a_mask_leaves_items_out_and_k_may_be_all_of_the_rest():
