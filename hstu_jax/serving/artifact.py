@@ -10,7 +10,6 @@ from the folder is never run: programs are StableHLO, arrays are read without pi
 folder is in docs/serving.md.
 """
 
-import hashlib
 import os
 import pathlib
 import threading
@@ -20,7 +19,6 @@ from typing import Any
 import jax
 import jax.export
 import numpy as np
-import orbax.checkpoint as ocp
 import pyarrow as pa
 
 from hstu_jax.serving import (
@@ -28,6 +26,7 @@ from hstu_jax.serving import (
     input_columns,
     item_folder,
     row_table,
+    tower_parameters,
     user_batches,
 )
 from hstu_jax.serving import manifest as manifest_lib
@@ -129,7 +128,8 @@ class Artifact:
             each.name == column and each.dtype == "key" for each in manifest.item_inputs
         )
         self._parameters = {
-            tower: _read_parameters(path, tower, manifest.parameters) for tower in ("user", "item")
+            tower: tower_parameters.read(path, tower, manifest.parameters)
+            for tower in ("user", "item")
         }
         self._platform = _PLATFORMS.get(jax.default_backend(), jax.default_backend())
         available = sorted({program.platform for program in manifest.programs})
@@ -369,33 +369,3 @@ class Artifact:
 
 def _open_array(file: pathlib.Path) -> np.ndarray:
     return np.load(file, mmap_mode="r", allow_pickle=False)
-
-
-def _read_parameters(
-    path: pathlib.Path, tower: str, described: tuple[manifest_lib.Array, ...]
-) -> dict[str, Any]:
-    """The tower's variables on the device, checked against the manifest."""
-    wanted = {array.name: array for array in described if array.tower == tower}
-    if not wanted:
-        return {}
-    folder = path / f"{tower}_tower"
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(folder.absolute())
-    found = {
-        "/".join(key.key for key in keys): np.asarray(leaf)
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    if set(found) != set(wanted):
-        changed = sorted(set(found) ^ set(wanted))
-        raise ValueError(
-            f"{folder}: other parameters than the manifest's: {changed}; export again."
-        )
-    for name, array in found.items():
-        if array_sha256(array) != wanted[name].sha256:
-            raise ValueError(f"{folder}: the parameter {name} is not the manifest's; export again.")
-    return jax.device_put(tree)
-
-
-def array_sha256(array: np.ndarray) -> str:
-    """SHA-256 of an array's values."""
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

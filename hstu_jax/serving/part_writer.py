@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hstu_jax.serving import artifact, contract, lowering, trained
+from hstu_jax.serving import contract, lowering, tower_parameters, trained
 from hstu_jax.serving import manifest as manifest_lib
 from hstu_jax.tables import spec as table_spec
 
@@ -60,7 +60,7 @@ def write_parameters(
                     name=name,
                     shape=array.shape,
                     dtype=str(array.dtype),
-                    sha256=artifact.array_sha256(array),
+                    sha256=tower_parameters.array_sha256(array),
                 )
             )
     return tuple(described)
