@@ -83,7 +83,12 @@ class _Measurement:
         given = [f"--{name}={value}" for name, value in flags.items()]
         whole = [sys.executable, "-m", "hstu_jax.serving.benchmark", command, *given]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        subprocess.run([*whole, f"--json={file}"], check=True, stdout=sys.stderr, env=environment)
+        command_line = [*whole, f"--json={file}"]
+        done = subprocess.run(
+            command_line, check=True, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        # Not given to the process: tests put something without a file in place of sys.stderr.
+        print(done.stdout, end="", file=sys.stderr, flush=True)
         self.say(f"{command}: measured")
         return json.loads(file.read_text())
 
