@@ -40,7 +40,4 @@ def get_config(variant: str = "hstu") -> ml_collections.ConfigDict:
     Args:
         variant: a name of the module docstring; "" is `hstu`.
     """
-    variant = variant or "hstu"
-    if variant not in _VARIANTS:
-        raise ValueError(f"variant={variant!r}: unknown; available: {', '.join(_VARIANTS)}.")
-    return public_benchmark.get_config(_VARIANTS[variant], workdir=f"runs/amazon_books_{variant}")
+    return public_benchmark.of_variant(_VARIANTS, variant, name="amazon_books")

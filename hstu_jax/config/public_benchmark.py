@@ -4,6 +4,7 @@ Here: fields from sizes. Not here: which data and sizes (`configs/ml_1m.py` and 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import ml_collections
@@ -48,6 +49,25 @@ class Benchmark:
     num_negatives: int
     num_epochs: int
     encoder: Literal["hstu", "sasrec"] = "hstu"
+
+
+def of_variant(
+    variants: Mapping[str, Benchmark], variant: str, *, name: str
+) -> ml_collections.ConfigDict:
+    """The configuration of one variant of a data set.
+
+    Args:
+        variants: by the word after the colon.
+        variant: one of them; "" is `hstu`.
+        name: of the configuration's file; the run's folder is `runs/<name>_<variant>`.
+
+    Raises:
+        ValueError: an unknown variant; lists the known ones.
+    """
+    variant = variant or "hstu"
+    if variant not in variants:
+        raise ValueError(f"variant={variant!r}: unknown; available: {', '.join(variants)}.")
+    return get_config(variants[variant], workdir=f"runs/{name}_{variant}")
 
 
 def get_config(benchmark: Benchmark, *, workdir: str) -> ml_collections.ConfigDict:

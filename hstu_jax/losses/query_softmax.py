@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
+from hstu_jax.losses import sampled_softmax
+
 # Scores of a block, over all groups: 4 MiB, which stays in a CPU's cache between its uses.
 _BLOCK_SCORES = 2**20
 _PRECISE = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
@@ -80,11 +82,8 @@ def query_softmax(
     Raises:
         ValueError: temperature not above 0.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be above 0; 0.05 is the seed's value.")
-    weight = query_mask.astype(jnp.float32)
-    if query_weight is not None:
-        weight = jnp.where(query_mask, query_weight, 0).astype(jnp.float32)
+    sampled_softmax.check_temperature(temperature)
+    weight = sampled_softmax.loss_weight(query_mask, query_weight)
     positive_log_q = jnp.where(query_mask, positive_log_q, 0)
     if not log_q_correction:
         positive_log_q = jnp.zeros_like(positive_log_q)

@@ -103,8 +103,7 @@ def sampled_softmax(
     its user's scores and its own list of hard negatives, absent ones are scored -1e32 /
     temperature, and sample weights are per user row and fit only one query a row.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be above 0; 0.05 is the seed's value.")
+    check_temperature(temperature)
     # Unused inputs are cut off here: 0 * NaN in a backward pass would reach the shared negatives.
     positive_user = jnp.where(query_mask, positive_user, 0)
     positive = jnp.where(query_mask[..., None], positive, 0)
@@ -132,9 +131,7 @@ def sampled_softmax(
     others = jnp.take_along_axis(others, positive_user, axis=1)
     # log(exp(p) + exp(o)) - p, without the cancellation of a large p.
     loss = jax.nn.softplus(others - positive_logits)
-    weight = query_mask.astype(jnp.float32)
-    if query_weight is not None:
-        weight = jnp.where(query_mask, query_weight, 0).astype(jnp.float32)
+    weight = loss_weight(query_mask, query_weight)
     return SampledSoftmax(
         loss_sum=jnp.sum(weight * jnp.where(query_mask, loss, 0)),
         count=jnp.sum(weight),
@@ -142,6 +139,21 @@ def sampled_softmax(
         negative_scores=negative_scores,
         hard_negative_scores=jnp.where(hard.mask, hard_scores, -jnp.inf),
     )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless scores can be divided by it."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0; 0.05 is the seed's value.")
+
+
+def loss_weight(
+    query_mask: Bool[Array, "G Q"], query_weight: Float[Array, "G Q"] | None
+) -> Float[Array, "G Q"]:
+    """Weight of each query's loss: 0 where masked; None weighs all others alike."""
+    if query_weight is None:
+        return query_mask.astype(jnp.float32)
+    return jnp.where(query_mask, query_weight, 0).astype(jnp.float32)
 
 
 def _no_hard_negatives(user: Float[Array, "G U E"]) -> HardNegatives:
