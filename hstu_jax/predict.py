@@ -20,11 +20,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m hstu_jax.predict", description=__doc__)
     command_line.add_export_flags(parser)
     parser.add_argument("--input", required=True, help="parquet files, as a pattern")
-    parser.add_argument("--output", required=True, help="parquet file to make")
     parser.add_argument("--tower", default=defaults.tower, help=" or ".join(prediction.TOWERS))
-    parser.add_argument("--reserved_columns", type=command_line.names, default=())
-    parser.add_argument("--part_rows", type=int, default=defaults.part_rows)
-    parser.add_argument("--batch_rows", type=int, default=defaults.batch_rows)
+    command_line.add_parts_flags(
+        parser, part_rows=defaults.part_rows, batch_rows=defaults.batch_rows
+    )
     flags = parser.parse_args(argv)
     options = prediction.PredictOptions(
         tower=flags.tower,

@@ -20,14 +20,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m hstu_jax.retrieve", description=__doc__)
     command_line.add_export_flags(parser)
     parser.add_argument("--input", required=True, help="parquet files of users, as a pattern")
-    parser.add_argument("--output", required=True, help="parquet file to make")
     parser.add_argument("--k", type=int, default=defaults.k, help="items a user")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out the history")
     parser.add_argument("--exclude_cold", action="store_true", help="only items seen in training")
     parser.add_argument("--index", default=defaults.index, help=" or ".join(retrieval.INDEXES))
-    parser.add_argument("--reserved_columns", type=command_line.names, default=())
-    parser.add_argument("--part_rows", type=int, default=defaults.part_rows)
-    parser.add_argument("--batch_rows", type=int, default=defaults.batch_rows)
+    command_line.add_parts_flags(
+        parser, part_rows=defaults.part_rows, batch_rows=defaults.batch_rows
+    )
     flags = parser.parse_args(argv)
     options = retrieval.RetrieveOptions(
         k=flags.k,

@@ -30,6 +30,14 @@ def add_export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compilation_cache", default=_CACHE, help=cache_help)
 
 
+def add_parts_flags(parser: argparse.ArgumentParser, *, part_rows: int, batch_rows: int) -> None:
+    """Adds the flags of a command that writes parquet for parquet; the numbers are defaults."""
+    parser.add_argument("--output", required=True, help="parquet file to make")
+    parser.add_argument("--reserved_columns", type=names, default=())
+    parser.add_argument("--part_rows", type=int, default=part_rows)
+    parser.add_argument("--batch_rows", type=int, default=batch_rows)
+
+
 def open_export(flags: argparse.Namespace) -> artifact_lib.Artifact:
     """Opens the export of the flags and says what it is."""
     if flags.compilation_cache:
