@@ -12,7 +12,7 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 from jax import ad_checkpoint
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt16
 
 KEEP_MASK = "dropout_keep_mask"  # name of the bits in checkpoint policies
 
@@ -48,7 +48,7 @@ def keep_threshold(rate: float) -> int:
 
 def random_lanes(
     key: PRNGKeyArray, identity: TokenIdentity, *, num_channels: int
-) -> UInt32[Array, "*tokens D"]:
+) -> UInt16[Array, "*tokens D"]:
     """16 random bits for every channel of every token.
 
     threefry-2x32(key; user_index, position * ceil(D / 4) + channel // 4), lane channel % 4. The
@@ -71,15 +71,12 @@ def random_lanes(
     hash_index = jnp.arange(num_hashes, dtype=jnp.uint32).reshape(*ones, -1)
     second = position * jnp.uint32(num_hashes) + hash_index
     first = jnp.broadcast_to(identity.user_index.astype(jnp.uint32)[..., None], second.shape)
-    # The function hashes pairs (count[i], count[n + i]) of a flat array of 2n counters.
-    counts = jnp.concatenate([first.reshape(-1), second.reshape(-1)])
-    low, high = jax.extend.random.threefry_2x32(words, counts).reshape(2, *second.shape)
-    mask = jnp.uint32(2**_LANE_BITS - 1)
-    lanes = [low & mask, low >> _LANE_BITS, high & mask, high >> _LANE_BITS]
+    low, high = jax.extend.random.threefry2x32_p.bind(words[0], words[1], first, second)
+    # Low half of a word first: lanes 0 .. 3 are those of `low`, then those of `high`.
+    lanes = jax.lax.bitcast_convert_type(jnp.stack([low, high], axis=-1), jnp.uint16)
     # The width is spelled out: there may be no token at all, and -1 cannot be told from nothing.
     width = num_hashes * _CHANNELS_PER_HASH
-    stacked = jnp.stack(lanes, axis=-1).reshape(*identity.position.shape, width)
-    return stacked[..., :num_channels]
+    return lanes.reshape(*identity.position.shape, width)[..., :num_channels]
 
 
 def dropout(

@@ -253,16 +253,20 @@ class StuLayer(nn.Module):
 
     def _split(self, projected, names):
         """Cuts projected columns; q, k, v get their head axis, u stays flat."""
-        parts, start = [], 0
-        for name in names:
-            per_head = self.hidden_dim if name in "uv" else self.attention_dim
-            part = projected[..., start : start + self.num_heads * per_head]
-            start += self.num_heads * per_head
-            if name != "u":
-                part = jax.nn.silu(part) if self.use_silu_qkv else part
-                part = part.reshape(*part.shape[:-1], self.num_heads, per_head)
-            parts.append(part)
-        return parts
+        # `split`, whose gradient joins; that of slices pads and adds, which costs a CPU much more.
+        widths = [self.hidden_dim if name in "uv" else self.attention_dim for name in names]
+        sizes, axis = [self.num_heads * width for width in widths], projected.ndim - 1
+        cuts = []
+        if self.use_silu_qkv:  # one pass over all but u
+            if names[0] == "u":
+                u, projected = jax.lax.split(projected, [sizes[0], sum(sizes[1:])], axis=axis)
+                cuts.append(u)
+            projected = jax.nn.silu(projected)
+        cuts += jax.lax.split(projected, sizes[len(cuts) :], axis=axis)
+        return [
+            cut if name == "u" else cut.reshape(*cut.shape[:-1], self.num_heads, width)
+            for name, width, cut in zip(names, widths, cuts, strict=True)
+        ]
 
     def _output(self, x, u, attended, *, dropout_key, identity):
         """Gate, dropout, projection, residual for tokens of any leading axes."""

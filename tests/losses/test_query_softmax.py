@@ -98,6 +98,23 @@ def test_masked_queries_may_hold_anything(block_scores):
     assert not np.asarray(pulls[0]["query"])[~np.asarray(mask[..., 0])].any()
 
 
+def test_blocks_behind_the_last_query_are_as_if_they_were_not_there():
+    inputs, used = draw(), shared.QUERIES - 2
+    behind = jnp.arange(shared.QUERIES) >= used
+    inputs["query_mask"] = inputs["query_mask"].at[0].set(True) & ~behind
+    names = (*inputs.keys() - {"negative", "negative_log_q"},)
+    cut = {**inputs, **{name: inputs[name][:, :used] for name in names}}
+    options = dict(block_scores=1)
+    found, want = run(inputs, **options), run(cut, **options)
+    np.testing.assert_array_equal(found.loss_sum, want.loss_sum)
+    for name in ("positive_scores", "num_ahead"):
+        np.testing.assert_array_equal(getattr(found, name)[:, :used], getattr(want, name))
+        assert not np.asarray(getattr(found, name))[:, used:].any()
+    pulls, want = gradients(inputs, **options), gradients(cut, **options)
+    np.testing.assert_array_equal(pulls["negative"], want["negative"])
+    np.testing.assert_array_equal(pulls["query"][:, :used], want["query"])
+
+
 @pytest.mark.parametrize("block_scores", [1, 10**6])
 def test_a_negative_that_is_no_number_reaches_the_loss_and_every_gradient(block_scores):
     inputs = draw()
