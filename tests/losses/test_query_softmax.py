@@ -101,7 +101,7 @@ def test_masked_queries_may_hold_anything(block_scores):
 def test_blocks_behind_the_last_query_are_as_if_they_were_not_there():
     inputs, used = draw(), shared.QUERIES - 2
     behind = jnp.arange(shared.QUERIES) >= used
-    inputs["query_mask"] = inputs["query_mask"].at[0].set(True) & ~behind
+    inputs["query_mask"] = inputs["query_mask"].at[0].set(True) & ~behind[None]
     names = (*inputs.keys() - {"negative", "negative_log_q"},)
     cut = {**inputs, **{name: inputs[name][:, :used] for name in names}}
     options = dict(block_scores=1)
