@@ -76,7 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "hstu": _positions(use_time_encoding=False) | _inputs(action_encoder=None, action_mlp=None),
         "stu": _KEPT
         | dict(use_silu_qkv=True, use_position_bias=True, use_time_bias=True, time_bias_query="own")
-        | dict(num_time_bias_buckets=64),
+        | dict(num_time_bias_buckets=64, use_gate=False),
         "contextual_len": 0,
     },
     "sasrec, own steps": {
