@@ -41,6 +41,7 @@ OWN: dict[str, str] = {
     "model.user_tower.hstu.stu.use_time_bias": "attention: a learned value per bucket of time",
     "model.user_tower.hstu.stu.num_time_bias_buckets": "buckets of that time, and one more",
     "model.user_tower.hstu.stu.time_bias_query": "a query's time: of the next event, or its own",
+    "model.user_tower.hstu.stu.use_gate": "gates attention's output; False projects it ungated",
     "model.user_tower.hstu.last_layer": "the last layer at the last position alone, or at all",
     "model.initialization": "the reference's, or both towers in the items' coordinates",
     "loss.log_q_correction": "subtracts the log sampling probability from every logit",

@@ -49,6 +49,9 @@ class StuConfig:
     num_time_bias_buckets: int = 128  # newest bucket 0; more than 72 are above 2^31 seconds
     # When a query asks: at the next event (the request of the newest token), or at its own.
     time_bias_query: Literal["next_request", "own"] = "next_request"
+    # Not in the reference: False leaves out u, to measure what the gate is worth. The output
+    # projection then reads the normalised attention alone.
+    use_gate: bool = True
 
     def __post_init__(self):
         for name in ("embedding_dim", "num_heads", "hidden_dim", "attention_dim"):

@@ -19,14 +19,15 @@ _ACTION_SCALE = 0.1
 _VALUE_GAIN = 5.0
 
 
-def align(params: dict[str, Any], *, value_width: int) -> dict[str, Any]:
+def align(params: dict[str, Any], *, value_width: int, has_gate: bool = True) -> dict[str, Any]:
     """Parameters with the item's path through both towers set to identities.
 
     - The input projection, the item tower's linear layers and the postprocessor's Linear of vector
       and times start as identities without bias.
     - In every STU layer W_v is made orthonormal, and the rows of W_out that read the attention
       output start as 5 W_v^T: the layer first adds a mean of the normalised tokens it attends to
-      (with `use_silu_qkv`, of their SiLU in those coordinates).
+      (with `use_silu_qkv`, of their SiLU in those coordinates). Without a gate W_out reads that
+      output normalised, which is as large as the tokens are, and starts as W_v^T.
     - The action MLP's last layer norm, or the norm of the users' matrices, starts at 0.1.
 
     Everything else keeps its value. Where widths differ an identity is cut or padded with zeros.
@@ -34,6 +35,7 @@ def align(params: dict[str, Any], *, value_width: int) -> dict[str, Any]:
     Args:
         params: tree of `match.init_params`, of any encoder.
         value_width: H * V, the columns of u and of v in `uvqk_kernel`; 0 without STU layers.
+        has_gate: `stu.use_gate`; False = there is no u.
 
     Returns:
         A new tree of the same shapes.
@@ -55,22 +57,23 @@ def align(params: dict[str, Any], *, value_width: int) -> dict[str, Any]:
         return leaf
 
     params = jax.tree_util.tree_map_with_path(value, params)
-    return _align_values(params, value_width)
+    return _align_values(params, value_width, has_gate)
 
 
-def _align_values(tree: Any, value_width: int) -> Any:
+def _align_values(tree: Any, value_width: int, has_gate: bool) -> Any:
     """Every STU layer of a tree with its value path aligned."""
     if not isinstance(tree, dict):
         return tree
-    tree = {name: _align_values(branch, value_width) for name, branch in tree.items()}
+    tree = {name: _align_values(branch, value_width, has_gate) for name, branch in tree.items()}
     if "uvqk_kernel" not in tree:
         return tree
-    columns = slice(value_width, 2 * value_width)
+    first = value_width if has_gate else 0
+    columns, gain = slice(first, first + value_width), _VALUE_GAIN if has_gate else 1.0
     values = orthonormal(np.asarray(tree["uvqk_kernel"])[:, columns])
     return {
         **tree,
         "uvqk_kernel": tree["uvqk_kernel"].at[:, columns].set(values),
-        "output_kernel": tree["output_kernel"].at[columns].set(_VALUE_GAIN * values.T),
+        "output_kernel": tree["output_kernel"].at[columns].set(gain * values.T),
     }
 
 

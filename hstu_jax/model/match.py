@@ -330,6 +330,7 @@ def build_stu_layer(
         recompute_uvqk=config.recompute_uvqk,
         recompute_y=config.recompute_y,
         use_silu_qkv=config.use_silu_qkv,
+        use_gate=config.use_gate,
         logit_bias=_build_relative_bias(config, num_tokens=contextual_len + max_seq_len),
     )
 

@@ -7,6 +7,7 @@ layers from a split on may read a shorter sequence. Attention itself is
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,7 @@ class StuLayer(nn.Module):
 
     Only u passes through SiLU, unless `use_silu_qkv`. The gate reads the normalised attention
     output; its raw value goes into the concatenation as well. The residual is the un-normalised x.
+    Without a gate there is no u: x + norm(o) @ W_out.
 
     Attributes:
         embedding_dim: D.
@@ -96,10 +98,11 @@ class StuLayer(nn.Module):
         recompute_y: the same for the concatenation after dropout, and for the dropout bits.
         use_silu_qkv: q, k and v pass through SiLU as well.
         logit_bias: learned, added to the logits before SiLU; None = none.
+        use_gate: False leaves out u, and with it all but norm(o) of the concatenation.
 
     Source: TorchEasyRec 1.3.16, tzrec/modules/gr/stu.py; docs/model.md. `qk_bias_init` is ours,
-    0 is the reference. SiLU on q, k, v and the biases are those of Zhai et al. 2024, "Actions
-    Speak Louder than Words", equations 1 and 2.
+    0 is the reference; so is the layer without a gate, for comparison. SiLU on q, k, v and the
+    biases are those of Zhai et al. 2024, "Actions Speak Louder than Words", equations 1 and 2.
     """
 
     embedding_dim: int
@@ -118,10 +121,10 @@ class StuLayer(nn.Module):
     recompute_y: bool = True
     use_silu_qkv: bool = False
     logit_bias: relative_bias.RelativeBias | None = None
+    use_gate: bool = True
 
     def setup(self):
-        value_width, qk_width = self._value_width, self.num_heads * self.attention_dim
-        uvqk_width = 2 * (value_width + qk_width)
+        value_width, uvqk_width = self._value_width, sum(map(self._width, self._names))
         norm_width = self.num_heads if self.use_group_norm else value_width
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         self.input_norm = normalization.NormWeights()
@@ -132,16 +135,27 @@ class StuLayer(nn.Module):
         self.output_norm_scale = self.param("output_norm_scale", ones, (norm_width,))
         self.output_norm_bias = self.param("output_norm_bias", zeros, (norm_width,))
         self.output_kernel = self.param(
-            "output_kernel", linear.xavier_uniform, (3 * value_width, self.embedding_dim)
+            "output_kernel",
+            linear.xavier_uniform,
+            ((3 if self.use_gate else 1) * value_width, self.embedding_dim),
         )
 
     @property
     def _value_width(self) -> int:
         return self.num_heads * self.hidden_dim
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """What the projection gives, in the order of its columns."""
+        return ("u", "v", "q", "k") if self.use_gate else ("v", "q", "k")
+
+    def _width(self, name: str) -> int:
+        return self.num_heads * (self.hidden_dim if name in "uv" else self.attention_dim)
+
     def _init_uvqk_bias(self, key, shape, dtype=jnp.float32):
         del key
-        return jnp.zeros(shape, dtype).at[2 * self._value_width :].set(self.qk_bias_init)
+        num_qk = self._width("q") + self._width("k")
+        return jnp.zeros(shape, dtype).at[shape[0] - num_qk :].set(self.qk_bias_init)
 
     def __call__(
         self,
@@ -158,11 +172,11 @@ class StuLayer(nn.Module):
             projected = jnp.dot(normed, self.uvqk_kernel.astype(x.dtype))
             projected = (projected + self.uvqk_bias[None, None]).astype(x.dtype)
             projected = ad_checkpoint.checkpoint_name(projected, _UVQK)
-            u, v, q, k = self._split(projected, ("u", "v", "q", "k"))
+            parts = self._split(projected, self._names)
             attended = attention.hstu_attention(
-                q,
-                k,
-                v,
+                parts["q"],
+                parts["k"],
+                parts["v"],
                 layout=sequence.layout,
                 rule=self.rule,
                 alpha=self.alpha,
@@ -171,6 +185,7 @@ class StuLayer(nn.Module):
                 num_targets=sequence.num_targets,
                 bias=bias,
             )
+            u = parts.get("u")
             return self._output(x, u, attended, dropout_key=dropout_key, identity=sequence.tokens)
 
         return self._remat(run)(x)
@@ -195,28 +210,27 @@ class StuLayer(nn.Module):
                 "sequence.num_targets: last_position knows no targets; call the layer itself."
             )
         norm_weights, bias = self.input_norm(self.embedding_dim), self._bias(sequence)
-        value_width, qk_width = self._value_width, self.num_heads * self.attention_dim
-        cuts = (value_width, 2 * value_width, 2 * value_width + qk_width)
+        cuts = tuple(itertools.accumulate(map(self._width, self._names)))[:-1]
         kernels = jnp.split(self.uvqk_kernel.astype(x.dtype), cuts, axis=1)
-        kernel_u, kernel_v, kernel_q, kernel_k = kernels
-        bias_u, bias_v, bias_q, bias_k = jnp.split(self.uvqk_bias, cuts)
+        kernels = dict(zip(self._names, kernels, strict=True))
+        biases = dict(zip(self._names, jnp.split(self.uvqk_bias, cuts), strict=True))
+        names_of_one = tuple(name for name in self._names if name in "uq")
+
+        def project(tokens, names):
+            bias = jnp.concatenate([biases[name] for name in names])
+            tokens = jnp.dot(tokens, jnp.concatenate([kernels[name] for name in names], axis=1))
+            tokens = tokens + bias.reshape(*(1,) * (tokens.ndim - 1), -1)
+            tokens = ad_checkpoint.checkpoint_name(tokens.astype(x.dtype), _UVQK)
+            return self._split(tokens, names)
 
         def run(x):
             normed = self._input_norm(x, norm_weights)
-            all_tokens = jnp.dot(normed, jnp.concatenate([kernel_v, kernel_k], axis=1))
-            all_tokens = all_tokens + jnp.concatenate([bias_v, bias_k])[None, None]
-            one_token = jnp.dot(
-                take_last(normed, sequence), jnp.concatenate([kernel_u, kernel_q], axis=1)
-            )
-            one_token = one_token + jnp.concatenate([bias_u, bias_q])[None]
-            all_tokens = ad_checkpoint.checkpoint_name(all_tokens.astype(x.dtype), _UVQK)
-            one_token = ad_checkpoint.checkpoint_name(one_token.astype(x.dtype), _UVQK)
-            v, k = self._split(all_tokens, ("v", "k"))
-            u, q = self._split(one_token, ("u", "q"))
+            all_tokens = project(normed, ("v", "k"))
+            one_token = project(take_last(normed, sequence), names_of_one)
             attended = attention.hstu_attention_last(
-                q,
-                k,
-                v,
+                one_token["q"],
+                all_tokens["k"],
+                all_tokens["v"],
                 layout=sequence.layout,
                 rule=self.rule,
                 alpha=self.alpha,
@@ -225,6 +239,7 @@ class StuLayer(nn.Module):
                 bias=bias,
             )
             x = take_last(x, sequence)
+            u = one_token.get("u")
             return self._output(x, u, attended, dropout_key=dropout_key, identity=sequence.last)
 
         out = self._remat(run)(x)
@@ -252,37 +267,41 @@ class StuLayer(nn.Module):
         return jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
     def _split(self, projected, names):
-        """Cuts projected columns; q, k, v get their head axis, u stays flat."""
+        """Cuts projected columns, by name; q, k, v get their head axis, u stays flat."""
         # `split`, whose gradient joins; that of slices pads and adds, which costs a CPU much more.
-        widths = [self.hidden_dim if name in "uv" else self.attention_dim for name in names]
-        sizes, axis = [self.num_heads * width for width in widths], projected.ndim - 1
+        widths, axis = [self._width(name) for name in names], projected.ndim - 1
         cuts = []
         if self.use_silu_qkv:  # one pass over all but u
             if names[0] == "u":
-                u, projected = jax.lax.split(projected, [sizes[0], sum(sizes[1:])], axis=axis)
+                u, projected = jax.lax.split(projected, [widths[0], sum(widths[1:])], axis=axis)
                 cuts.append(u)
             projected = jax.nn.silu(projected)
-        cuts += jax.lax.split(projected, sizes[len(cuts) :], axis=axis)
-        return [
-            cut if name == "u" else cut.reshape(*cut.shape[:-1], self.num_heads, width)
-            for name, width, cut in zip(names, widths, cuts, strict=True)
-        ]
+        cuts += jax.lax.split(projected, widths[len(cuts) :], axis=axis)
+        heads = {
+            n: (self.num_heads, w // self.num_heads) for n, w in zip(names, widths, strict=True)
+        }
+        return {
+            name: cut if name == "u" else cut.reshape(*cut.shape[:-1], *heads[name])
+            for name, cut in zip(names, cuts, strict=True)
+        }
 
     def _output(self, x, u, attended, *, dropout_key, identity):
-        """Gate, dropout, projection, residual for tokens of any leading axes."""
+        """Gate (none where u is None), dropout, projection, residual for tokens of any axes."""
         attended = ad_checkpoint.checkpoint_name(attended, _ATTENDED)
 
         def project(u, attended):
-            u = jax.nn.silu(u)
-            flat = attended.reshape(*u.shape)
-            parts = (u, flat, u * self._output_norm(attended).astype(u.dtype))
+            normed = self._output_norm(attended).astype(attended.dtype)
+            parts = (normed,)
+            if u is not None:
+                u = jax.nn.silu(u)
+                parts = (u, attended.reshape(*u.shape), u * normed)
             parts = dropout.dropout_parts(
                 parts, rate=self.output_dropout_ratio, key=dropout_key, identity=identity
             )
             parts = [ad_checkpoint.checkpoint_name(part, _Y) for part in parts]
             # Three products instead of one of the concatenation: 336 instead of 389 MiB of
             # temporaries in the stack benchmark at N = 2048.
-            kernels = jnp.split(self.output_kernel.astype(u.dtype), len(parts))
+            kernels = jnp.split(self.output_kernel.astype(normed.dtype), len(parts))
             return sum(jnp.dot(part, kernel) for part, kernel in zip(parts, kernels, strict=True))
 
         # SiLU, norm and dropout bits are as wide as everything else a layer keeps together, and

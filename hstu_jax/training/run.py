@@ -213,7 +213,9 @@ def _first_state(
     if is_aligned:
         stu = model.user_tower.hstu.stu
         variables["params"] = initialization.align(
-            variables["params"], value_width=stu.num_heads * stu.hidden_dim
+            variables["params"],
+            value_width=stu.num_heads * stu.hidden_dim,
+            has_gate=stu.use_gate,
         )
     return state_lib.init_state(
         variables,

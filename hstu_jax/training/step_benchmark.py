@@ -288,11 +288,12 @@ def _projections(run, batch):
     stu, hstu = run.config.model.user_tower.hstu.stu, run.config.model.user_tower.hstu
     num_tokens = _num_slots(run, batch)
     value, qk = stu.num_heads * stu.hidden_dim, stu.num_heads * stu.attention_dim
+    width_in, width_out = 2 * qk + (1 + stu.use_gate) * value, (1 + 2 * stu.use_gate) * value
     keys = jax.random.split(jax.random.key(0), 4)
     tokens = jax.random.normal(keys[0], (num_tokens, stu.embedding_dim))
-    gated = jax.random.normal(keys[1], (num_tokens, 3 * value))
-    kernel_in = jax.random.normal(keys[2], (stu.embedding_dim, 2 * (value + qk)))
-    kernel_out = jax.random.normal(keys[3], (3 * value, stu.embedding_dim))
+    gated = jax.random.normal(keys[1], (num_tokens, width_out))
+    kernel_in = jax.random.normal(keys[2], (stu.embedding_dim, width_in))
+    kernel_out = jax.random.normal(keys[3], (width_out, stu.embedding_dim))
 
     def total(tokens, gated, kernel_in, kernel_out):
         out = jnp.float32(0)
@@ -308,8 +309,9 @@ def _projections(run, batch):
 def _fusable(run, batch):
     """One layer's work beside attention and products, forward and backward, on random tokens.
 
-    Input norm; SiLU of u; dropout of [u, attended, u * norm(attended)]. Results and gradients are
-    read from memory and written there, as they are between matrix products.
+    Input norm; SiLU of u; dropout of [u, attended, u * norm(attended)], or of norm(attended) where
+    there is no gate. Results and gradients are read from memory and written there, as they are
+    between matrix products.
     """
     stu = run.config.model.user_tower.hstu.stu
     dtype = jnp.bfloat16 if run.config.train.mixed_precision else jnp.float32
@@ -318,24 +320,30 @@ def _fusable(run, batch):
         user_index=jnp.zeros(num_tokens, jnp.int32), position=jnp.arange(num_tokens)
     )
     flat_shape = (num_tokens, stu.num_heads * stu.hidden_dim)
-    shapes = [(num_tokens, stu.embedding_dim), flat_shape]
-    shapes += [(num_tokens, stu.num_heads, stu.hidden_dim), shapes[0], *[flat_shape] * 3]
+    # x, attended and u, then the cotangents.
+    shapes = [(num_tokens, stu.embedding_dim), (num_tokens, stu.num_heads, stu.hidden_dim)]
+    shapes += [flat_shape] * stu.use_gate
+    num_inputs = len(shapes)
+    shapes += [shapes[0], *[flat_shape] * (1 + 2 * stu.use_gate)]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
-    def layer(x, u, attended):
-        gate, flat = jax.nn.silu(u), attended.reshape(flat_shape)
+    def layer(x, attended, *u):
+        flat = attended.reshape(flat_shape)
         heads = normalization.standardize(attended if stu.use_group_norm else flat, eps=1e-6)
-        parts = (gate, flat, gate * heads.reshape(flat_shape).astype(dtype))
+        parts = (heads.reshape(flat_shape).astype(dtype),)
+        if u:
+            gate = jax.nn.silu(*u)
+            parts = (gate, flat, gate * parts[0])
         dropped = dropout.dropout_parts(
             parts, rate=stu.output_dropout_ratio, key=jax.random.key(1), identity=identity
         )
         return normalization.standardize(x, eps=1e-6).astype(dtype), *dropped
 
     @jax.jit
-    def with_gradients(x, u, attended, *cotangents):
-        outputs, pullback = jax.vjp(layer, x, u, attended)
-        return outputs, pullback(cotangents)
+    def with_gradients(*arrays):
+        outputs, pullback = jax.vjp(layer, *arrays[:num_inputs])
+        return outputs, pullback(arrays[num_inputs:])
 
     return with_gradients, tuple(arrays)
 

@@ -124,10 +124,21 @@ def random_content(lengths, *, contextual_len=2, num_queries=5, num_negatives=7,
     )
 
 
-def lay_out(content, *, rule, row_len, packed, num_rows=0, num_users=0, fill=0.0, tail_len=0):
+def lay_out(
+    content,
+    *,
+    rule,
+    row_len,
+    packed,
+    num_rows=0,
+    num_users=0,
+    fill=0.0,
+    tail_len=0,
+    placement=None,
+):
     """(Lookups, Batch) of one group; `fill` goes wherever nothing is held. With a `tail_len`, for
-    models that truncate."""
-    placement = batches.place(
+    models that truncate. With a `placement` of the content, where that says."""
+    placement = placement or batches.place(
         [int(n) for n in content.lengths],
         row_len=row_len,
         packed=packed,

@@ -48,6 +48,17 @@ def test_attention_starts_as_a_multiple_of_the_identity(trees):
         np.testing.assert_allclose(values @ out, 5 * np.eye(len(values)), atol=1e-5)
 
 
+def test_without_a_gate_attention_starts_as_the_identity():
+    rng = np.random.default_rng(0)
+    layer = {"uvqk_kernel": rng.normal(size=(4, 10)), "output_kernel": rng.normal(size=(6, 4))}
+    layer = {name: values.astype(np.float32) for name, values in layer.items()}
+    params = {"layers_0": jax.tree.map(jax.numpy.asarray, layer)}
+    after = initialization.align(params, value_width=6, has_gate=False)["layers_0"]
+    values = after["uvqk_kernel"][:, :6]
+    np.testing.assert_allclose(values @ after["output_kernel"], np.eye(4), atol=1e-5)
+    np.testing.assert_array_equal(after["uvqk_kernel"][:, 6:], layer["uvqk_kernel"][:, 6:])
+
+
 def test_orthonormal_of_tall_and_wide():
     rng = np.random.default_rng(0)
     tall = initialization.orthonormal(rng.normal(size=(6, 4)))

@@ -1,298 +1,247 @@
 """The next-item objective's forward pass: no position sees what comes later, whatever the option.
 
-Three views of the same: the output at a position is the user vector of the tokens up to it; no
-gradient comes back from a later token or another user; and later tokens' actions, watch times and
-gaps change no bit. Models that leak fail them.
+Three views of the same, packed and padded: no gradient comes back from a later token or another
+user; what is changed or taken away behind a token changes no bit of its output; and the output is
+the user vector of the tokens up to there. Models that leak fail them. What a batch's tokens and
+queries are is checked in `tests/features/test_next_item.py`, both together in
+`tests/training/test_next_item.py`.
 """
 
 import dataclasses
-import functools
+import typing
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hstu_jax.config import model_schema, tower_schema
-from tests.model import batches, models
+from tests.model import next_item_cases as cases
 
-LENGTHS = [7, 2, 12, 3]  # of users, two contextual tokens included
-CONTEXTUAL = 2
-MASKED = 2  # queries not in use
+NAMES = tuple(cases.OPTIONS)
+YEARS_S = 4 * 365 * 86_400
 
 
-def positions(**fields):
-    return {
-        "positional_encoder": model_schema.PositionalEncoderConfig(
-            num_position_buckets=12, num_time_buckets=20, **fields
-        )
+def gradient_mistakes(case, lookups, batch):
+    """(copy, user, query, token) where a gradient is that must not be, or none that must."""
+    to_history, to_contextual = cases.gradients(case, lookups, batch)
+    placement, context = cases.both_layouts(case), case.contextual_len
+    slots, found, count = placement.slots, [], sum(placement.lengths)
+    segment = np.repeat(np.arange(len(placement.lengths)), placement.lengths)
+    position = np.concatenate([np.arange(n) for n in placement.lengths])
+    want = np.zeros((count, to_history.shape[1]), bool)
+    want_contextual = np.zeros_like(to_contextual)
+    for user, length in enumerate(placement.lengths):
+        visible = case.visible(length)
+        mine = np.flatnonzero(segment == user)
+        history = mine[context:]
+        want[np.ix_(mine, slots[history])] = visible[:, context:]
+        want_contextual[mine, user] = visible[:, :context]
+    for kind, mistakes in (("token", to_history != want), ("of", to_contextual != want_contextual)):
+        for query, *other in np.argwhere(mistakes):
+            copy, user = divmod(int(segment[query]), len(cases.LENGTHS))
+            found.append((cases.COPIES[copy], user, int(position[query]), kind, *map(int, other)))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_come_from_what_is_earlier_and_seen_and_from_nothing_else(name):
+    case = cases.case(name)
+    inputs = cases.training_inputs(case, cases.random_users(case))
+    assert gradient_mistakes(case, *inputs) == []
+
+
+def test_wrong_masks_are_caught_in_both_layouts():
+    """Contextual tokens that look ahead, as the window objective's do; and users that are not kept
+    apart."""
+    case = cases.case("look_ahead")
+    inputs = cases.training_inputs(case, cases.random_users(case))
+    found = gradient_mistakes(case, *inputs)
+    assert {copy for copy, *_ in found} == set(cases.COPIES)
+    case = cases.case(NAMES[0])
+    lookups, batch = cases.training_inputs(case, cases.random_users(case))
+    starts, lengths = batch.segment_starts.copy(), batch.segment_lengths.copy()
+    lengths[0, :2] = lengths[0, 0] + lengths[0, 1], 0  # the first row's first two users
+    starts[0, 1] = starts[0, 2]
+    batch = dataclasses.replace(batch, segment_starts=starts, segment_lengths=lengths)
+    found = gradient_mistakes(case, lookups, batch)
+    others = range(case.contextual_len, cases.LENGTHS[0])  # slots of the first one's history
+    assert {(1, slot) for slot in others} <= {
+        (user, slot)
+        for copy, user, _, kind, slot, *_ in found
+        if (copy, kind) == ("packed", "token")
     }
 
 
-def with_action_mlp():
-    mlp = tower_schema.ActionMlpConfig(
-        simple_mlp=None, parameterized_mlp=tower_schema.ParameterizedMlpConfig(hidden_dim=8)
+def changed(case, users, last, *, what):
+    """The users with other things behind position `last` of each."""
+    rng, late = np.random.default_rng(11), users.position > last
+    content = users.content
+    if what == "removed":
+        kept = np.flatnonzero(~late)
+        end = np.minimum(users.lengths, last + 1) - 1 + np.cumsum(users.lengths) - users.lengths
+        return users.take(kept, users.owner[kept], users.next_time_s()[end])
+    if what == "time":
+        # A token's own request stays, the time of the one behind it.
+        last = last + 1 if case.asks_next else last
+        late, is_later = users.position > last, users.lengths > last
+        time_s = users.time_s + np.where(late, YEARS_S + 9 * users.position, 0)
+        request_s = users.request_s + np.where(is_later, YEARS_S + 1_000, 0)
+        return dataclasses.replace(users, time_s=time_s, request_s=request_s)
+    values = {
+        "history": rng.normal(size=content.history.shape).astype(np.float32),
+        "action": rng.integers(0, 256, len(late)),
+        "watch_time_s": rng.uniform(0, 60, len(late)),
+    }[what]
+    late = late.reshape(-1, *(1,) * (values.ndim - 1))
+    values = np.where(late, values, getattr(content, what))
+    return dataclasses.replace(users, content=dataclasses.replace(content, **{what: values}))
+
+
+def bit_mistakes(case, *, step_time="", spoil=lambda batch: batch):
+    """(change, last position, copy) after which an earlier output is another.
+
+    And whether any later output was another, for each change.
+    """
+    users, found, seen = cases.random_users(case), [], {}
+
+    def run(users):
+        lookups, batch = cases.training_inputs(case, users, step_time=step_time)
+        return cases.vectors(case, lookups, spoil(batch))
+
+    before = run(users)
+    for last in (1, 4, 9):
+        is_early = users.position <= last
+        for what in ("history", "action", "watch_time_s", "time", "removed"):
+            after = run(changed(case, users, last, what=what))
+            for copy, name in enumerate(cases.COPIES):
+                if (after[copy, is_early] != before[copy, is_early]).any():
+                    found.append((what, last, name))
+            differs = (after[:, ~is_early] != before[:, ~is_early]).any(axis=-1)
+            seen.setdefault(what, []).append(differs)
+    return found, {what: np.concatenate(each, axis=1) for what, each in seen.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_later_changes_no_bit(name):
+    """Nor does taking it away, with the request where the next event was."""
+    case = cases.case(name)
+    found, seen = bit_mistakes(case)
+    assert found == []
+    hstu = case.config.user_tower.hstu
+    has_actions = hstu.input_preprocessor.uih_preprocessor.action_encoder is not None
+    assert seen["history"].all() and seen["action"].any() == has_actions
+    assert seen["watch_time_s"].any() == (name == "own steps, prefix, watch_time, saturated")
+    assert seen["time"].any() == (
+        hstu.positional_encoder.use_time_encoding
+        or (case.config.user_tower.encoder == "hstu" and hstu.stu.use_time_bias)
     )
-    uih = model_schema.UihPreprocessorConfig(action_mlp=mlp)
-    return {"input_preprocessor": model_schema.InputPreprocessorConfig(uih_preprocessor=uih)}
 
 
-PAPER = dict(use_silu_qkv=True, use_position_bias=True, use_time_bias=True)
-# Every option of the forward pass, some of them together: a leak through one shows all the same.
-OPTIONS = {
-    "defaults": {},
-    "no_time, window, user_maps": {
-        "hstu": positions(use_time_encoding=False) | with_action_mlp(),
-        "stu": {"max_attn_len": 3, "recompute_normed_x": False, "recompute_uvqk": False},
-    },
-    "log_time, semi_local, layernorm, projected": {
-        "hstu": positions(time_bucket_fn="log", time_bucket_increments=7.0)
-        | {"output_postprocessor": "layernorm"},
-        "stu": {"sla_k1": 2, "sla_k2": 3, "use_group_norm": False},
-        "output_dim": 5,
-        "similarity": "COSINE",
-    },
-    "mean": {"encoder": "mean"},
-    "paper, own times": {"stu": PAPER | {"time_bias_query": "own"}},
-    "sasrec": {"encoder": "sasrec"},
-    "next_request": {"hstu": positions(use_time_encoding=False), "stu": PAPER},
-    # The window objective's models of the last test, which leak.
-    "look_ahead": {"hstu": positions(use_time_encoding=False)},
-    "causal": {"stu": {"contextual_seq_len": 0}},
-}
-NAMES = tuple(OPTIONS)[:6]
+def _ages_of_the_next(batch):
+    return dataclasses.replace(batch, age_s=np.roll(batch.age_s, -1, axis=-1))
 
 
-@functools.cache
-def setting(name, *, packed=True, objective="next_item"):
-    """(model, parameters, content, lookups, batch) with a query at every token."""
-    config = models.model_config(objective=objective, **OPTIONS[name])
-    model = models.build(config, contextual_len=CONTEXTUAL)
-    content = models.random_content(
-        LENGTHS, contextual_len=CONTEXTUAL, num_queries=sum(LENGTHS) + MASKED, seed=3
-    )
-    lookups, batch = at_every_token(model, content, packed=packed)
-    return model, models.random_params(model), content, lookups, batch
+def _ages_at_the_rows_last_request(batch):
+    return dataclasses.replace(batch, step_gap_s=batch.time_gap_s)
 
 
-def rule_of(model):
-    stack = getattr(model.user_tower.encoder, "stack", None)
-    return stack.layers[0].rule if stack else batches.ANY_RULE
-
-
-def lay_out(model, content, *, packed):
-    return models.lay_out(content, rule=rule_of(model), row_len=14, packed=packed, fill=np.nan)
-
-
-def at_every_token(model, content, *, packed):
-    """The content as a training batch: a query at every token, and some that are masked."""
-    lookups, batch = lay_out(model, content, packed=packed)
-    num_slots = batch.time_gap_s[0].size
-    slots = slots_of(batch)
-    unused = np.full(MASKED, num_slots, np.int32)
-    batch = dataclasses.replace(
-        batch,
-        query_slot=np.concatenate([slots, unused])[None],
-        query_mask=np.concatenate([np.ones(len(slots), bool), np.zeros(MASKED, bool)])[None],
-        # Any numbers do: each token's own, and the padding's NaN.
-        step_gap_s=batch.time_gap_s,
-    )
-    return lookups, batch
-
-
-def slots_of(batch):
-    """Flat slots of the users' tokens, users one after the other."""
-    pairs = zip(batch.segment_starts[0], batch.segment_lengths[0], strict=True)
-    return np.concatenate([start + np.arange(n) for start, n in pairs]).astype(np.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("model",))
-def vectors(model, params, history, contextual, batch, key=None):
-    return model.apply({"params": params}, history, contextual, batch, key, method="user")
-
-
-def place_of(token):
-    """(user, position) of the token with this number."""
-    user = int(np.searchsorted(np.cumsum(LENGTHS), token, side="right"))
-    return user, token - sum(LENGTHS[:user])
-
-
-def prefixes(content):
-    """The content's users, cut behind every one of their tokens: one user for each."""
-    starts = np.cumsum(LENGTHS) - LENGTHS
-    pieces = [(s, s + i) for s, n in zip(starts, LENGTHS, strict=True) for i in range(1, n + 1)]
-    pieces = [(s, e) for s, e in pieces if e - s >= CONTEXTUAL]
-    tokens = np.concatenate([np.arange(*piece) for piece in pieces])
-    owner = [int(np.flatnonzero(starts == s)[0]) for s, _ in pieces]
-    cut = {name: getattr(content, name)[tokens] for name in JAGGED}
-    lengths = np.array([e - s for s, e in pieces])
-    cut |= {"lengths": lengths, "contextual": content.contextual[owner]}
-    return dataclasses.replace(content, **cut), np.array([e - 1 for _, e in pieces])
-
-
-JAGGED = ("history", "action", "watch_time_s", "time_gap_s")
+@pytest.mark.parametrize(
+    ("name", "wrong", "what"),
+    [
+        ("own steps, prefix, watch_time, saturated", {"step_time": "next_request"}, "time"),
+        ("sasrec, own steps", {"spoil": _ages_at_the_rows_last_request}, "time"),
+        ("paper, own times, items alone", {"spoil": _ages_of_the_next}, "time"),
+        ("from_the_end", {}, "removed"),
+    ],
+)
+def test_times_of_the_next_event_and_positions_from_the_end_are_caught(name, wrong, what):
+    found, _ = bit_mistakes(cases.case(name), **wrong)
+    assert {(change, copy) for change, _, copy in found} >= {(what, copy) for copy in cases.COPIES}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_output_at_a_token_is_the_user_vector_of_the_tokens_up_to_it(name):
-    """Training reads what serving computes: the window form of every prefix, by the last layer's
-    short cut."""
-    model, params, content, lookups, batch = setting(name)
-    found = vectors(model, params, lookups.history, lookups.contextual, batch)[0]
-    cut, last_tokens = prefixes(content)
-    cut_lookups, cut_batch = lay_out(model, cut, packed=True)
-    cut_batch = dataclasses.replace(cut_batch, step_gap_s=cut_batch.time_gap_s)
-    want = vectors(model, params, cut_lookups.history, cut_lookups.contextual, cut_batch)[0]
-    np.testing.assert_allclose(
-        np.asarray(found)[last_tokens], want[: len(last_tokens)], rtol=2e-4, atol=2e-5
-    )
-    assert not np.asarray(found)[len(slots_of(batch)) :].any()  # masked queries
-
-
-def test_a_bias_by_time_asks_at_the_next_event_as_serving_asks_at_the_request():
-    """The prefix's request, from which gaps count, is then the time of the token behind it."""
-    model, params, content, lookups, batch = setting("next_request")
-    found = np.asarray(vectors(model, params, lookups.history, lookups.contextual, batch))[0]
-    cut, last_tokens = prefixes(content)
-    is_last = np.isin(np.arange(sum(LENGTHS)), np.cumsum(LENGTHS) - 1)
-    request_gap = np.where(is_last, 0, np.roll(content.time_gap_s, -1))[last_tokens]
-
-    def served(request_gap):
-        gaps = cut.time_gap_s - np.repeat(request_gap, cut.lengths)
-        whole = dataclasses.replace(cut, time_gap_s=gaps.astype(np.float32))
-        cut_lookups, cut_batch = lay_out(model, whole, packed=True)
-        out = vectors(model, params, cut_lookups.history, cut_lookups.contextual, cut_batch)
-        return np.asarray(out)[0, : len(last_tokens)]
-
-    np.testing.assert_allclose(found[last_tokens], served(request_gap), rtol=2e-4, atol=2e-5)
-    assert np.abs(found[last_tokens] - served(0 * request_gap)).max() > 0.01
-
-
-def test_a_bias_by_time_does_not_see_how_much_later_the_last_request_is():
-    """Bits, with years between a token's request and those behind it: ages are whole seconds."""
-    model, params, content, lookups, batch = setting("next_request")
-    before = np.asarray(vectors(model, params, lookups.history, lookups.contextual, batch))[0]
-    position = np.concatenate([np.arange(n) for n in LENGTHS])
-    years = 4 * 365 * 86_400
-    for last in (4, 7):
-        # The events behind `last + 1`, and the requests, are later; ages count from the request.
-        older = np.where(position <= last + 1, content.time_gap_s + years, content.time_gap_s)
-        later_lookups, later = at_every_token(
-            model, dataclasses.replace(content, time_gap_s=older), packed=True
-        )
-        after = vectors(model, params, later_lookups.history, later_lookups.contextual, later)[0]
-        has_next = position < np.repeat(LENGTHS, LENGTHS) - 1
-        kept = np.flatnonzero(has_next & (position <= last))
-        np.testing.assert_array_equal(np.asarray(after)[kept], before[kept])
-        assert np.abs(np.asarray(after)[: len(position)] - before[: len(position)]).max() > 0.01
-
-
-def gradients(model, params, lookups, batch):
-    """|d (c . output of query q) / d input|: [Q, tokens] and [Q, users, C]."""
-    weights = jax.random.normal(jax.random.key(1), (batch.query_mask.shape[1],))
-
-    @jax.jit
-    def pull(history, contextual):
-        out, pullback = jax.vjp(
-            lambda h, c: model.apply({"params": params}, h, c, batch, method="user"),
-            history,
-            contextual,
-        )
-        count, width = out.shape[1:]
-        mixed = weights[:, None] * jnp.cos(jnp.arange(width, dtype=jnp.float32) + 1)[None]
-        one_hot = jnp.eye(count)[:, None, :, None] * mixed[None, None]
-        return jax.vmap(pullback)(one_hot)
-
-    to_history, to_contextual = pull(lookups.history, lookups.contextual)
-    to_history = np.abs(np.asarray(to_history)).max(axis=-1).reshape(len(to_history), -1)
-    return to_history[:, slots_of(batch)], np.abs(np.asarray(to_contextual)[:, 0]).max(axis=-1)
-
-
-def leaks(to_history, to_contextual):
-    """Pairs (query, token or contextual feature) with a gradient that must not be."""
-    found, seen = [], 0
-    for query in range(sum(LENGTHS)):
-        user, place = place_of(query)
-        for token in range(sum(LENGTHS)):
-            other, position = place_of(token)
-            is_earlier = other == user and CONTEXTUAL <= position <= place
-            seen += is_earlier and to_history[query, token] > 0
-            if not is_earlier and to_history[query, token] != 0:
-                found.append((query, token))
-        for other in range(len(LENGTHS)):
-            is_own = other == user
-            late = to_contextual[query, other, place + 1 :] if is_own else to_contextual[query]
-            found += [(query, "contextual")] * bool(np.any((late if is_own else late[other]) != 0))
-    return found, seen
-
-
-@pytest.mark.parametrize(("name", "packed"), [*((name, True) for name in NAMES), (NAMES[0], False)])
-def test_no_gradient_comes_from_what_is_later(name, packed):
-    model, params, _, lookups, batch = setting(name, packed=packed)
-    to_history, to_contextual = gradients(model, params, lookups, batch)
-    if "user_maps" in name:  # made of all the user's contextual features, which are no events
-        to_contextual = np.where(np.arange(len(to_contextual))[:, None, None] < 0, to_contextual, 0)
-    found, seen = leaks(to_history, to_contextual)
-    assert found == []
-    full = sum(n * (n + 1) // 2 for n in (np.array(LENGTHS) - CONTEXTUAL))
-    is_local = "window" in name or "semi_local" in name
-    assert 0.5 * full < seen < full if is_local else seen == full
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_later_actions_times_and_items_change_no_bit(name):
-    model, params, content, lookups, batch = setting(name)
-    before = np.asarray(vectors(model, params, lookups.history, lookups.contextual, batch))[0]
-    position = np.concatenate([np.arange(n) for n in LENGTHS])
-    rng = np.random.default_rng(11)
-    for last in (1, 4, 9):
-        late = position > last
-        changed = {
-            "history": rng.normal(size=content.history.shape).astype(np.float32),
-            "action": rng.integers(0, 256, len(position)),
-            "watch_time_s": rng.uniform(0, 60, len(position)),
-            "time_gap_s": rng.uniform(0, 20000, len(position)),
-        }
-        for key, values in changed.items():
-            kept = late.reshape(-1, *(1,) * (values.ndim - 1))
-            changed[key] = np.where(kept, values, getattr(content, key))
-        other = dataclasses.replace(content, **changed)
-        other_lookups, other_batch = at_every_token(model, other, packed=True)
-        after = vectors(model, params, other_lookups.history, other_lookups.contextual, other_batch)
-        after = np.asarray(after)[0]
-        tokens = np.flatnonzero(~late)
-        np.testing.assert_array_equal(after[tokens], before[tokens])
-        assert np.abs(after[np.flatnonzero(late)] - before[np.flatnonzero(late)]).min() > 0
-
-
-def test_wrong_variants_are_caught():
-    """The window objective's model leaks, by its contextual tokens and by its positions."""
-    model, params, _, lookups, batch = setting("look_ahead", objective="window")
-    found, _ = leaks(*gradients(model, params, lookups, batch))
-    assert found  # every token sees the later ones through the contextual tokens
-    # No gradient would show that positions are counted from the end; prefixes do.
-    model, params, content, lookups, batch = setting("causal", objective="window")
-    cut, last_tokens = prefixes(content)
-    cut_lookups, cut_batch = lay_out(model, cut, packed=True)
-    want = vectors(model, params, cut_lookups.history, cut_lookups.contextual, cut_batch)[0]
-    got = vectors(model, params, lookups.history, lookups.contextual, batch)[0]
-    assert np.abs(got[last_tokens] - want[: len(last_tokens)]).max() > 0.05
-
-
-def test_dropout_is_that_of_the_window_form():
-    """Bits belong to the token, so training's queries drop what the window form would."""
-    model, params, content, lookups, batch = setting("defaults")
-    key = jax.random.key(5)
-    found = vectors(model, params, lookups.history, lookups.contextual, batch, key)[0]
-    whole, whole_batch = lay_out(model, content, packed=True)
-    whole_batch = dataclasses.replace(whole_batch, step_gap_s=whole_batch.time_gap_s)
-    want = vectors(model, params, whole.history, whole.contextual, whole_batch, key)[0]
-    last = np.cumsum(LENGTHS) - 1
-    np.testing.assert_allclose(found[last], want[: len(LENGTHS)], rtol=2e-4, atol=2e-5)
+    """Training reads what serving computes, by the last layer's short cut, at the request: the time
+    of the event behind the token."""
+    case = cases.case(name)
+    users = cases.random_users(case)
+    found = cases.vectors(case, *cases.training_inputs(case, users))
+    want, ends = cases.served_prefixes(case, users, users.next_time_s())
+    for copy in found:
+        np.testing.assert_allclose(copy[ends], want, rtol=2e-4, atol=2e-5)
+    later, _ = cases.served_prefixes(case, users, users.next_time_s() + YEARS_S)
+    assert (np.abs(later - want).max() > 0.01) == case.asks_next
 
 
 def test_batches_without_the_gaps_are_refused():
-    model, params, _, lookups, batch = setting("defaults")
+    case = cases.case(NAMES[0])
+    lookups, batch = cases.training_inputs(case, cases.random_users(case))
     batch = dataclasses.replace(batch, step_gap_s=None)
     with pytest.raises(ValueError, match="step_gap_s=None: the next-item objective reads gaps"):
-        model.apply({"params": params}, lookups.history, lookups.contextual, batch, method="user")
+        jax.eval_shape(
+            lambda history: case.model.apply(
+                {"params": case.params}, history, lookups.contextual, batch, method="user"
+            ),
+            lookups.history,
+        )
+
+
+_UIH = "user_tower.hstu.input_preprocessor.uih_preprocessor"
+# Fields of the model's sections that no case above needs, and why.
+_NOT_HERE = {
+    "objective": "the subject",
+    "user_tower.input": "has one value",
+    "user_tower.max_seq_len": "divides attention as scaling_seqlen does, and cuts rows in packing",
+    "user_tower.hstu.input_dropout_ratio": "with and without a key: the first case has one",
+    "user_tower.sasrec.dropout_ratio": "the same",
+    "user_tower.hstu.stu.output_dropout_ratio": "the same",
+    "user_tower.hstu.stu.embedding_dim": "a width",
+    "user_tower.hstu.stu.num_heads": "a width",
+    "user_tower.hstu.stu.hidden_dim": "a width",
+    "user_tower.hstu.stu.attention_dim": "a width",
+    "user_tower.hstu.attn_num_layers": "repeats a layer",
+    f"{_UIH}.action_encoder.simple_action_encoder.action_embedding_dim": "a width",
+    f"{_UIH}.action_encoder.simple_action_encoder.action_weights": "of one token's actions",
+    f"{_UIH}.action_mlp.simple_mlp.hidden_dim": "a width",
+    f"{_UIH}.action_mlp.parameterized_mlp.hidden_dim": "a width",
+    f"{_UIH}.action_mlp.parameterized_mlp.contextual_dropout_ratio": "of contextual features",
+    "user_tower.hstu.positional_encoder.num_time_buckets": "a size",
+    "user_tower.hstu.attn_truncation_split_layer": "refused",
+    "user_tower.hstu.attn_truncation_tail_len": "refused",
+    "user_tower.hstu.timestamp_layernorm": "refused",
+    "item_tower": "reads no user",
+    "temperature": "of scores",
+    "sequence_timestamp_is_ascending": "has one value",
+    "kernel": "tests/pallas_kernels: equal to xla under every mask",
+    "initialization": "parameters are random here",
+}
+_REFUSED = {"timestamp_layernorm", "EUCLID"}
+
+
+def _leaves(config, path=""):
+    """(path, value, its choices) of every field; of a section that may be None, whether it is."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), hints[field.name]
+        here, is_section = f"{path}{field.name}", dataclasses.is_dataclass(value)
+        if here in _NOT_HERE:
+            continue
+        if type(None) in typing.get_args(kind):
+            yield here, is_section, {True, False}
+        elif not is_section:
+            is_choice = typing.get_origin(kind) is typing.Literal
+            yield here, value, set(typing.get_args(kind) if is_choice else ())
+        if is_section:
+            yield from _leaves(value, f"{here}.")
+
+
+def test_every_option_is_in_a_case():
+    """All choices of a field, or two values of it: a new field without a case fails."""
+    seen, choices = {}, {}
+    for name in NAMES:
+        for path, value, all_values in _leaves(cases.case(name).config):
+            seen.setdefault(path, set()).add(value)
+            choices[path] = all_values - _REFUSED
+    assert {
+        path: choices[path] - found for path, found in seen.items() if choices[path] - found
+    } == {}
+    assert [path for path, found in seen.items() if len(found) < 2] == []

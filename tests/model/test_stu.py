@@ -79,12 +79,14 @@ def layer64(
     activation_of_v=same,
     activation_of_qk=same,
     rab=lambda i, j: 0.0,
+    use_gate=True,
 ):
     """One user's layer in float64, token by token. x: [n, D]; rab: bias of a query and a key."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     normed = standardize64(x) * p["input_norm"]["scale"] + p["input_norm"]["bias"]
     projected = normed @ p["uvqk_kernel"] + p["uvqk_bias"]
-    u, v, q, k = np.split(projected, np.cumsum([HEADS * VALUE, HEADS * VALUE, HEADS * QK]), axis=1)
+    u, projected = np.split(projected, [HEADS * VALUE * use_gate], axis=1)
+    v, q, k = np.split(projected, np.cumsum([HEADS * VALUE, HEADS * QK]), axis=1)
     u, v, q, k = silu(u), activation_of_v(v), activation_of_qk(q), activation_of_qk(k)
     v, q, k = (a.reshape(len(x), HEADS, -1) for a in (v, q, k))
     attended = np.zeros_like(v)
@@ -99,7 +101,8 @@ def layer64(
         normed = (standardize64(attended) * scale[:, None] + bias[:, None]).reshape(len(x), -1)
     else:
         normed = standardize64(flat) * scale + bias
-    return x + np.concatenate([u, flat, u * normed], axis=1) @ p["output_kernel"]
+    parts = [u, flat, u * normed] if use_gate else [normed]
+    return x + np.concatenate(parts, axis=1) @ p["output_kernel"]
 
 
 @pytest.mark.parametrize("use_group_norm", [True, False])
@@ -117,6 +120,23 @@ def test_layer_equals_float64_loops(use_group_norm):
     # float32 against float64: a few units in the last place of values around 10.
     np.testing.assert_allclose(placement.from_grid(out), right, atol=2e-5, rtol=2e-5)
     assert np.abs(placement.from_grid(out) - wrong).max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["__call__", "last_position"])
+def test_layer_without_a_gate_equals_float64_loops(method):
+    placement = batches.place([7, 2, 11], row_len=13, packed=True, block_len=4)
+    layer = make_layer(use_group_norm=False, use_gate=False)
+    params, tokens = random_params(layer, placement), random_tokens(placement)
+    assert params["output_kernel"].shape == (HEADS * VALUE, WIDTH)
+    assert params["uvqk_kernel"].shape == (WIDTH, HEADS * (VALUE + 2 * QK))
+    x = jnp.asarray(placement.to_grid(tokens))
+    out = apply(layer, params, x, sequence_of(placement), method=method)
+    run = functools.partial(layer64, params, use_group_norm=False, contextual_len=0, use_gate=False)
+    ends = np.cumsum(placement.lengths)
+    right = np.concatenate([run(x) for x in np.split(tokens.astype(np.float64), ends[:-1])])
+    is_whole = method == "__call__"
+    out, right = (placement.from_grid(out), right) if is_whole else (out, right[ends - 1])
+    np.testing.assert_allclose(out, right, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize(("use_group_norm", "norm_size"), [(True, HEADS), (False, HEADS * VALUE)])

@@ -182,6 +182,7 @@ def of_original_ids(small_store, tmp_path_factory):
         model__objective="next_item",
         model__user_tower__hstu__attn_num_layers=1,
         model__user_tower__hstu__stu__use_time_bias=True,
+        model__user_tower__hstu__stu__use_gate=False,
     )
     author = IdFeature(num_buckets=7, embedding_dim=4)
     config = dataclasses.replace(

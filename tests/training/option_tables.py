@@ -111,6 +111,7 @@ CHANGES_TOWERS = {
     f"{_STU}.scaling_seqlen": (7, {}),
     f"{_STU}.contextual_seq_len": (0, {}),
     f"{_STU}.use_silu_qkv": (True, {}),
+    f"{_STU}.use_gate": (False, {}),
     f"{_STU}.use_position_bias": (True, {}),
     f"{_STU}.use_time_bias": (True, {}),
     f"{_STU}.num_time_bias_buckets": (16, {f"{_STU}.use_time_bias": True}),
