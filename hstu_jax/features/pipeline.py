@@ -138,7 +138,8 @@ class Pipeline:
             rows=rows,
             step_time=next_item.step_time(config),
             has_ages=ages.are_read(config),
-            excludes_group=rows is None or config.data.negative_sampler.exclusion == "group",
+            excludes_group=config.data.negative_sharing == "none"
+            and (rows is None or config.data.negative_sampler.exclusion == "group"),
         )
         self._schedule = windows.Schedule(
             self._windows,

@@ -71,13 +71,19 @@ def largest_difference(one, two) -> float:
 def config_of(
     kind: str, store, workdir: str, *, num_groups: int = 0, num_negatives: int = 24
 ) -> schema.Config:
-    """A run of one layer and two tables, as many groups as devices, one optimizer for all."""
+    """A run of one layer and two tables, as many groups as devices, one optimizer for all.
+
+    With "sgd" all groups share their negatives.
+    """
+    is_shared = kind == "sgd"
     return with_two_tables(
         small_config(
             store,
             workdir,
             data__num_groups=num_groups or jax.device_count(),
             data__negative_sampler__num_sample=num_negatives,
+            data__negative_sampler__exclusion="query" if is_shared else "group",
+            data__negative_sharing="all" if is_shared else "none",
             model__user_tower__hstu__attn_num_layers=1,
             train__dense_optimizer__kind=kind,
             train__dense_optimizer__lr=RATES[kind],
