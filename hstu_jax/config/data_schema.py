@@ -27,6 +27,8 @@ class DataConfig:
     label_fields: tuple[str, ...] = ()
     batch_size: int = 128  # users in a global batch, at most
     num_groups: int = 1  # groups of users with negatives of their own; devices split them
+    # "all": every user is scored against the negatives of all groups, num_groups * num_sample.
+    negative_sharing: Literal["none", "all"] = "none"
     layout: Literal["packed", "padded"] = "packed"
     # Packed: slots of a group = rows of `row_len`. 0 = as many slots as users x mean length need.
     tokens_per_group: int = 0
@@ -53,6 +55,7 @@ class DataConfig:
             f"must be a multiple of num_groups={self.num_groups}",
             f"try {-(-self.batch_size // self.num_groups) * self.num_groups}",
         )
+        self._check_sharing()
         require(
             self.layout == "packed" or not self.tokens_per_group,
             "tokens_per_group",
@@ -79,4 +82,23 @@ class DataConfig:
             self.sample_weight_fields,
             "holds more than one name, and one loss has one weight (the reference reads the first)",
             "leave the one that is to be used",
+        )
+
+    def _check_sharing(self):
+        if self.negative_sharing == "none":
+            return
+        require(
+            self.num_groups > 1,
+            "negative_sharing",
+            self.negative_sharing,
+            f"is for several groups, and there is num_groups={self.num_groups}",
+            "leave it 'none', or use more groups",
+        )
+        require(
+            self.negative_sampler.exclusion == "query",
+            "negative_sharing",
+            self.negative_sharing,
+            "makes the positives of one group negatives of others, which "
+            f"negative_sampler.exclusion={self.negative_sampler.exclusion!r} rules out",
+            "set that to 'query', which leaves out each user's own",
         )

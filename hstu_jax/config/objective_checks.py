@@ -23,11 +23,12 @@ def check(config: Any) -> None:
             "leave its fields at their defaults, or change the objective",
         )
         require(
-            config.data.negative_sampler.exclusion == "group",
+            config.data.negative_sampler.exclusion == "group"
+            or config.data.negative_sharing == "all",
             "data.negative_sampler.exclusion",
             config.data.negative_sampler.exclusion,
             "is for queries that have scores of their own, which model.objective='window' has not",
-            "leave it 'group', or use 'next_item'",
+            "leave it 'group', use 'next_item', or set data.negative_sharing='all'",
         )
         return
     for is_right, rule, advice in (*_data_rules(config), *_model_rules(config)):

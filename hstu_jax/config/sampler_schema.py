@@ -50,7 +50,8 @@ class NegativeSamplerConfig:
     weight_exponent: float = 0.0
     # No item is a negative of its own query. "group": negatives are drawn from what is no positive
     # of the whole group; "query" (next_item): drawn from all items, and each query leaves out its
-    # own, for groups whose positives are a large part of the catalogue.
+    # own, for groups whose positives are a large part of the catalogue. With shared negatives
+    # it is "query", and the window objective leaves out the positives of all of a user's queries.
     exclusion: Literal["group", "query"] = "group"
     field_delimiter: str = "\t"  # between the columns of the files' lines
     # HardNegativeSampler only, from here.

@@ -16,6 +16,7 @@ OWN: dict[str, str] = {
     "data.list_columns.item_input_path": "one item a row; there an option of the export command",
     "data.list_columns.user_id_field": "column that tells users apart",
     "data.num_groups": "groups of users with negatives of their own, split over devices",
+    "data.negative_sharing": "none: negatives of the own group; all: those of all groups",
     "data.layout": "packed: several users in a row of slots; padded: one",
     "data.tokens_per_group": "packed: slots of a group",
     "data.row_lens": "padded: the lengths that rows may have",

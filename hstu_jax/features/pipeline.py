@@ -31,6 +31,7 @@ from hstu_jax.features import (
     sequence_rules,
     shapes,
     store_fit,
+    window_sizes,
     windows,
 )
 from hstu_jax.features.batch import Batch, BatchShape
@@ -98,12 +99,18 @@ class Pipeline:
         max_seq_len = config.model.user_tower.max_seq_len
         training_rows = _training_rows(config, store)
         rows = training_rows if order == "shuffled" else None
-        self._windows = windows.split_windows(
+        rule = sequence_rules.mask_rule(
+            config.model.user_tower.hstu.stu,
+            num_contextual=config.num_contextual,
+            objective=config.model.objective,
+        )
+        self._windows = window_sizes.split_windows(
             store,
             split=split,
             num_contextual=config.num_contextual,
             max_seq_len=max_seq_len,
             rows=rows,
+            rule=rule,
         )
         self._shapes = shapes.run_shapes(
             config, store, training_rows, is_evaluation=order == "stored"
@@ -121,11 +128,7 @@ class Pipeline:
             sampler=sampler,
             num_contextual=config.num_contextual,
             max_seq_len=max_seq_len,
-            rule=sequence_rules.mask_rule(
-                config.model.user_tower.hstu.stu,
-                num_contextual=config.num_contextual,
-                objective=config.model.objective,
-            ),
+            rule=rule,
             hard_sampler=hard_sampler,
             sample_weight=sample_weights.read_sample_weights(store, weight_fields[0])
             if weight_fields
@@ -135,7 +138,8 @@ class Pipeline:
             rows=rows,
             step_time=next_item.step_time(config),
             has_ages=ages.are_read(config),
-            excludes_group=rows is None or config.data.negative_sampler.exclusion == "group",
+            excludes_group=config.data.negative_sharing == "none"
+            and (rows is None or config.data.negative_sampler.exclusion == "group"),
         )
         self._schedule = windows.Schedule(
             self._windows,
@@ -206,6 +210,12 @@ class Pipeline:
             dropped_tokens=int(split.dropped_tokens.sum()),
             empty_histories=int(np.count_nonzero(split.lengths == self._config.num_contextual)),
         )
+
+    def balance_summary(self, num_devices: int) -> str:
+        """One line about how even the groups and the devices are; "" with one group."""
+        if self._shapes[0].groups == 1:
+            return ""
+        return self._schedule.plan(0).loads().line(num_devices)
 
     def hard_negatives_summary(self) -> str:
         """One line about the hard-edge table and this split's windows; "" without a table."""

@@ -1,23 +1,26 @@
 """Which windows form the groups of which step: an order per epoch, cut by what a batch can hold.
 
 Here: epoch orders, group plans, step -> epoch. A plan holds window numbers and slots, no values.
-Not here: the values of a batch (`packing.py`, the next file on the path).
+Not here: who gets what within a step (`balance.py`) and the values of a batch (`packing.py`, the
+next file on the path).
 """
 
 import dataclasses
 import functools
+import itertools
 import threading
 
 import numpy as np
 from jaxtyping import Int
 
-from hstu_jax.data import event_store
-from hstu_jax.features import next_item, random_streams
+from hstu_jax.features import balance, random_streams
 from hstu_jax.features.batch import BatchShape
+from hstu_jax.features.window_sizes import SplitWindows
 
 # Windows passed over because they do not fit a group's rest, before the group is closed. They open
 # the next group; more of them fill groups a little better and cost planning time.
 _LOOK_AHEAD = 16
+_LOAD_WINDOWS = 50_000  # dealt to see how even an epoch is: a second's work, whatever its length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,81 +38,28 @@ class GroupPlan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitWindows:
-    """The windows of a split and how much room each needs.
-
-    Attributes:
-        windows: window numbers in the store, ascending.
-        lengths: slots each window needs: contextual tokens and the newest `max_seq_len` items.
-        num_positives: queries each window needs.
-        dropped_tokens: history items beyond `max_seq_len`, which are left out.
-    """
-
-    windows: Int[np.ndarray, "W"]
-    lengths: Int[np.ndarray, "W"]
-    num_positives: Int[np.ndarray, "W"]
-    dropped_tokens: Int[np.ndarray, "W"]
-
-
-def split_windows(
-    store: event_store.EventStore,
-    *,
-    split: str,
-    num_contextual: int,
-    max_seq_len: int,
-    rows: next_item.TrainingRows | None = None,
-) -> SplitWindows:
-    """Reads the sizes of a split's windows.
-
-    Args:
-        store: the event store.
-        split: "train", "validation" or "test".
-        num_contextual: C, contextual tokens in front of every history.
-        max_seq_len: history items kept, the newest.
-        rows: sizes of the next-item objective's training rows, which go on past the history;
-            windows without a query are left out. None = the history alone.
-
-    Raises:
-        ValueError: the split has no window, or none with a query.
-    """
-    windows = store.windows_of_split(split)
-    if len(windows) == 0:
-        is_rows = store.features.window is not None
-        advice = "give files whose rows have candidates" if is_rows else "prepare data of more days"
-        raise ValueError(f"split={split!r}: {store.path} has no such window; {advice}.")
-    end, num_positives = store.windows.history_end, np.diff(store.windows.positive_offsets)
-    if rows is not None:
-        end, num_positives = rows.row_end, rows.num_queries
-        windows = windows[num_positives[windows] > 0]
-        if len(windows) == 0:
-            raise ValueError(
-                f"split={split!r}: no positive of {store.path} has an event before it to ask from; "
-                "use model.objective='window', or give feature_groups.contextual a feature."
-            )
-    history = end[windows] - store.windows.history_start[windows]
-    used = np.minimum(history, max_seq_len)
-    return SplitWindows(
-        windows=windows,
-        lengths=used + num_contextual,
-        num_positives=num_positives[windows],
-        dropped_tokens=history - used,
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochPlan:
     """All groups of one epoch; each window of the split is in exactly one.
 
+    The arrays hold the windows in groups as they were filled one after the other, which decides
+    what comes into a step. `groups` deals a step's windows to its groups anew (`balance.deal`).
+
     Attributes:
-        windows: window numbers, group after group.
+        split: the windows and their sizes.
+        shapes: of the run.
+        one_user_per_row: plain padding; False = packed rows.
+        positions: places in `split`, group after group.
         starts: first slot of each, as in `GroupPlan`.
         group_offsets: windows of group g are `group_offsets[g]:group_offsets[g + 1]`.
         first_group: first group of each step.
-        num_groups: groups of each step that hold windows; the rest of the batch stays empty.
+        num_groups: groups of each step that were filled.
         shape_index: which of the run's shapes each step has.
     """
 
-    windows: Int[np.ndarray, "W"]
+    split: SplitWindows
+    shapes: tuple[BatchShape, ...]
+    one_user_per_row: bool
+    positions: Int[np.ndarray, "W"]
     starts: Int[np.ndarray, "W"]
     group_offsets: Int[np.ndarray, "_"]
     first_group: Int[np.ndarray, "steps"]
@@ -117,18 +67,55 @@ class EpochPlan:
     shape_index: Int[np.ndarray, "steps"]
 
     @property
+    def windows(self) -> Int[np.ndarray, "W"]:
+        """Window numbers in the order of `positions`."""
+        return self.split.windows[self.positions]
+
+    @property
     def num_steps(self) -> int:
         """Global batches of the epoch."""
         return len(self.first_group)
 
     def groups(self, index: int) -> list[GroupPlan]:
-        """The groups of the epoch's step `index` that hold windows."""
+        """The groups of the epoch's step `index`; one may be empty, and those missing are."""
+        members, shares = self._dealt(index)
+        return [
+            GroupPlan(windows=self.split.windows[members[share.members]], starts=share.starts)
+            for share in shares
+        ]
+
+    def loads(self) -> balance.Loads:
+        """Tokens and attention pairs of the groups; of some steps, evenly spread, if many."""
+        share = min(_LOAD_WINDOWS / len(self.positions), 1)
+        num_chosen = max(int(share * self.num_steps), 1)
+        chosen = np.linspace(0, self.num_steps - 1, num_chosen, dtype=np.int64)
+        tokens = np.zeros((len(chosen), self.shapes[0].groups), dtype=np.int64)
+        pairs = np.zeros_like(tokens)
+        for row, index in enumerate(chosen.tolist()):
+            members, shares = self._dealt(index)
+            for group, share in enumerate(shares):
+                tokens[row, group] = self.split.lengths[members[share.members]].sum()
+                pairs[row, group] = self.split.pairs[members[share.members]].sum()
+        return balance.Loads(tokens=tokens, pairs=pairs, num_steps=self.num_steps)
+
+    def _dealt(self, index: int) -> tuple[np.ndarray, list[balance.Share]]:
+        """Places in `split` of a step's windows, and how they are dealt."""
         first = int(self.first_group[index])
-        plans = []
-        for group in range(first, first + int(self.num_groups[index])):
-            part = slice(self.group_offsets[group], self.group_offsets[group + 1])
-            plans.append(GroupPlan(windows=self.windows[part], starts=self.starts[part]))
-        return plans
+        offsets = self.group_offsets[first : first + int(self.num_groups[index]) + 1]
+        members = self.positions[offsets[0] : offsets[-1]]
+        shares = [
+            balance.Share(members=np.arange(start, end) - offsets[0], starts=self.starts[start:end])
+            for start, end in itertools.pairwise(offsets.tolist())
+        ]
+        shares = balance.deal(
+            shares,
+            lengths=self.split.lengths[members],
+            pairs=self.split.pairs[members],
+            num_positives=self.split.num_positives[members],
+            shape=self.shapes[self.shape_index[index]],
+            one_user_per_row=self.one_user_per_row,
+        )
+        return members, shares
 
 
 def plan_epoch(
@@ -175,7 +162,10 @@ def plan_epoch(
     if step_rng is not None and len(shapes) > 1:
         steps = step_rng.permutation(steps)
     return EpochPlan(
-        windows=split.windows[np.concatenate(positions)],
+        split=split,
+        shapes=shapes,
+        one_user_per_row=one_user_per_row,
+        positions=np.concatenate(positions),
         starts=np.array(starts, dtype=np.int32),
         group_offsets=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
         first_group=np.concatenate(first_group)[steps],

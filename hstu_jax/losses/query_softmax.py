@@ -12,15 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float
 
-from hstu_jax.losses import sampled_softmax
+from hstu_jax.losses import same_item, sampled_softmax
+from hstu_jax.losses.same_item import ItemValues
 
 # Scores of a block, over all groups: 4 MiB, which stays in a CPU's cache between its uses.
 _BLOCK_SCORES = 2**20
 _PRECISE = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-# Candidate feature -> its values, for items [G, Q, ...] or [G, M, ...].
-ItemValues = dict[str, Num[Array, "G _ ..."]]
 
 
 @jax.tree_util.register_dataclass
@@ -232,7 +231,7 @@ def _block(
     is_ahead = ~(scores < score[..., None])  # NaN: not below
     logit, logits = score - positive_log_q, scores - negative_log_q[:, None]
     if positive_item:
-        is_other = ~_is_same_item(positive_item, negative_item)
+        is_other = ~same_item.is_same_item(positive_item, negative_item)
         is_ahead &= is_other
         logits = jnp.where(is_other, logits, -jnp.inf)
     num_ahead = jnp.sum(is_ahead, axis=-1, dtype=jnp.int32)
@@ -257,15 +256,3 @@ def _block(
         to_positive=-factor[..., None] * query,
     )
     return terms, to_negative
-
-
-def _is_same_item(positive_item, negative_item):
-    """[G, q, M], whether all values of both are equal."""
-    is_same = None
-    for name, positive in positive_item.items():
-        groups, queries = positive.shape[:2]
-        left = positive.reshape(groups, queries, 1, -1)
-        right = negative_item[name].reshape(groups, 1, -1, left.shape[-1])
-        is_equal = jnp.all(left == right, axis=-1)
-        is_same = is_equal if is_same is None else is_same & is_equal
-    return is_same

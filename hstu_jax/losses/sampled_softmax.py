@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hstu_jax.losses import same_item
+from hstu_jax.losses.same_item import ItemValues
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class SampledSoftmax:
         count: [] number of queries in use, or the sum of their weights.
         positive_scores: [G, Q] <user, positive> / temperature, no correction; 0 in masked queries.
         negative_scores: [G, U, M] <user, negative> / temperature, no correction; 0 for users
-            without a query.
+            without a query; minus infinity where the item is a positive of the user, if that was
+            asked for.
         hard_negative_scores: [G, U, Hn] <user, hard negative> / temperature, no correction; minus
             infinity where there is none, so that it ranks before nothing.
     """
@@ -66,6 +70,8 @@ def sampled_softmax(
     log_q_correction: bool,
     query_weight: Float[Array, "G Q"] | None = None,
     hard: HardNegatives | None = None,
+    positive_item: ItemValues | None = None,
+    negative_item: ItemValues | None = None,
 ) -> SampledSoftmax:
     """Loss sum, query count and scores of sampled softmax with the positive as the right class.
 
@@ -92,6 +98,11 @@ def sampled_softmax(
         log_q_correction: subtract log q.
         query_weight: weight of each query's loss, at least 0; None weighs all alike.
         hard: hard negatives; None = there are none.
+        positive_item: what the item tower reads of every positive, [G, Q, ...]; with
+            `negative_item`, [G, M, ...]: a negative that is the same item as a positive of one of a
+            user's queries is not among that user's negatives. None = the sampler has left such
+            items out.
+        negative_item: same.
 
     Returns:
         `SampledSoftmax`. With no query in use both sums are 0 and gradients are zero, not NaN.
@@ -127,7 +138,17 @@ def sampled_softmax(
         positive_logits = positive_logits - jnp.where(query_mask, positive_log_q, 0)
         negative_logits = negative_logits - negative_log_q[:, None, :]
         hard_logits = hard_logits - jnp.where(hard.mask, hard.log_q, 0)
-    others = _log_sum_of_negatives(negative_logits, hard_logits, hard.mask)  # [G, U]
+    is_negative = None
+    if positive_item:
+        is_negative = ~same_item.positives_of_users(
+            positive_item=positive_item,
+            negative_item=negative_item,
+            positive_user=positive_user,
+            query_mask=query_mask,
+            num_users=user.shape[1],
+        )
+        negative_scores = jnp.where(is_negative, negative_scores, -jnp.inf)
+    others = _log_sum_of_negatives(negative_logits, is_negative, hard_logits, hard.mask)  # [G, U]
     others = jnp.take_along_axis(others, positive_user, axis=1)
     # log(exp(p) + exp(o)) - p, without the cancellation of a large p.
     loss = jax.nn.softplus(others - positive_logits)
@@ -166,13 +187,18 @@ def _no_hard_negatives(user: Float[Array, "G U E"]) -> HardNegatives:
 
 
 def _log_sum_of_negatives(
-    shared: Float[Array, "G U M"], own: Float[Array, "G U Hn"], own_mask: Bool[Array, "G U Hn"]
+    shared: Float[Array, "G U M"],
+    shared_mask: Bool[Array, "G U M"] | None,
+    own: Float[Array, "G U Hn"],
+    own_mask: Bool[Array, "G U Hn"],
 ) -> Float[Array, "G U"]:
     """log(sum of exp) over a user's negatives of both kinds; minus infinity if there is none."""
-    if own.shape[-1] == 0 and shared.shape[-1] > 0:
+    if shared_mask is None and own.shape[-1] == 0 and shared.shape[-1] > 0:
         return jax.nn.logsumexp(shared, axis=-1)
+    if shared_mask is None:
+        shared_mask = jnp.ones(shared.shape, bool)
     logits = jnp.concatenate([shared, own], axis=-1)
-    mask = jnp.concatenate([jnp.ones(shared.shape, bool), own_mask], axis=-1)
+    mask = jnp.concatenate([shared_mask, own_mask], axis=-1)
     # A row without any negative is summed over zeros instead: log(0) has no gradient but NaN.
     is_some = mask.any(axis=-1)
     logits = jnp.where(mask, logits, jnp.where(is_some, -jnp.inf, 0)[..., None])

@@ -262,6 +262,7 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
     epoch = run.pipeline.stats()
     shapes = "; ".join(str(shape) for shape in run.pipeline.shapes)
     hard = run.pipeline.hard_negatives_summary()
+    evenness = run.pipeline.balance_summary(run.mesh.size)
     return "\n".join(
         [
             f"devices   {run.mesh.size} x {device.device_kind} ({device.platform}), "
@@ -275,6 +276,7 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
             f"          an epoch: {epoch.windows:,} windows, {epoch.tokens / epoch.slots:.0%} of "
             f"the slots used; {epoch.truncated_windows:,} windows lost their oldest items "
             f"({epoch.dropped_tokens:,}), {epoch.empty_histories:,} have no history",
+            *([f"          {evenness}"] if evenness else []),
             *([f"          {hard}"] if hard else []),
             *(f"          {note}" for note in run.pipeline.notes),
         ]

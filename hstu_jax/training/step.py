@@ -23,7 +23,7 @@ from hstu_jax.tables import exchange, lookup, optimizers, update
 from hstu_jax.tables import spec as table_spec
 from hstu_jax.training import gradients as gradients_lib
 from hstu_jax.training import optimizer as optimizer_lib
-from hstu_jax.training import partition, schedules, state, step_metrics
+from hstu_jax.training import partition, schedules, shared_negatives, state, step_metrics
 from hstu_jax.training.step_metrics import StepMetrics
 
 
@@ -314,37 +314,35 @@ def score(
     program: Program, towers: match.Towers, batch: batch_lib.Batch
 ) -> sampled_softmax.SampledSoftmax | query_softmax.QuerySoftmax:
     """Loss sum and scores of both towers' vectors: of users, or of queries that have their own."""
-    query_weight = step_metrics.query_weight(program.config, batch)
-    if batch.query_slot is not None:
-        return query_softmax.query_softmax(
-            query=towers.user,
-            positive=towers.positive,
-            negative=towers.negative,
-            query_mask=batch.query_mask,
-            positive_log_q=batch.positive_log_q,
-            negative_log_q=batch.negative_log_q,
-            temperature=program.config.model.temperature,
-            log_q_correction=program.config.loss.log_q_correction,
-            query_weight=query_weight,
-            **step_metrics.items_to_tell_apart(program.config, batch),
-        )
-    return sampled_softmax.sampled_softmax(
-        user=towers.user,
+    config, is_shared = program.config, program.config.data.negative_sharing == "all"
+    arguments = dict(
         positive=towers.positive,
         negative=towers.negative,
-        positive_user=batch.positive_user,
         query_mask=batch.query_mask,
         positive_log_q=batch.positive_log_q,
         negative_log_q=batch.negative_log_q,
-        temperature=program.config.model.temperature,
-        log_q_correction=program.config.loss.log_q_correction,
-        query_weight=query_weight,
-        hard=sampled_softmax.HardNegatives(
+        query_weight=step_metrics.query_weight(config, batch),
+        **step_metrics.items_to_tell_apart(config, batch),
+    )
+    if batch.query_slot is not None:
+        loss = query_softmax.query_softmax
+        arguments |= dict(query=towers.user)
+    else:
+        loss = sampled_softmax.sampled_softmax
+        hard = sampled_softmax.HardNegatives(
             vectors=towers.hard_negative,
             mask=batch.hard_negative_mask,
             log_q=batch.hard_negative_log_q,
-        ),
+        )
+        arguments |= dict(user=towers.user, positive_user=batch.positive_user, hard=hard)
+    if is_shared:
+        arguments = shared_negatives.share(arguments)
+    scores = loss(
+        **arguments,
+        temperature=config.model.temperature,
+        log_q_correction=config.loss.log_q_correction,
     )
+    return shared_negatives.per_group(scores, groups=len(batch.query_mask)) if is_shared else scores
 
 
 def fetch(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from hstu_jax.config import schema
 from hstu_jax.features import batch as batch_lib
-from hstu_jax.losses import query_softmax, sampled_softmax
+from hstu_jax.losses import query_softmax, same_item, sampled_softmax
 from hstu_jax.metrics import ranking
 from hstu_jax.training import partition
 
@@ -51,8 +51,14 @@ def query_weight(config: schema.Config, batch: batch_lib.Batch) -> Float[Array, 
 
 def items_to_tell_apart(
     config: schema.Config, batch: batch_lib.Batch
-) -> dict[str, query_softmax.ItemValues]:
-    """What `query_softmax` needs to leave out of a query's negatives what is its positive."""
+) -> dict[str, same_item.ItemValues]:
+    """What a loss needs to leave out of the negatives what is a positive of the query or user.
+
+    The losses of users need it with shared negatives only: else their groups' draws, those of an
+    evaluation too, leave out the group's positives.
+    """
+    if batch.query_slot is None and config.data.negative_sharing == "none":
+        return {}
     if config.data.negative_sampler.exclusion == "group":
         return {}
     return {"positive_item": batch.positive, "negative_item": batch.negative}

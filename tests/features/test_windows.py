@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from hstu_jax.features import windows
+from hstu_jax.features import window_sizes, windows
 from hstu_jax.features.batch import BatchShape
 from pallas_kernels.hstu_attention import layout as attention_layout
 
@@ -20,11 +20,12 @@ def _shape(**sizes):
 
 def _split(lengths, num_positives):
     lengths = np.array(lengths, dtype=np.int64)
-    return windows.SplitWindows(
+    return window_sizes.SplitWindows(
         windows=np.arange(len(lengths)) * 2 + 7,  # store numbers differ from places
         lengths=lengths,
         num_positives=np.array(num_positives, dtype=np.int64),
         dropped_tokens=np.zeros_like(lengths),
+        pairs=lengths * (lengths + 1) // 2,
     )
 
 
@@ -36,12 +37,13 @@ def _check_plan(plan, split, shapes, *, one_user_per_row):
         shape_index = int(plan.shape_index[index])
         shape = shapes[shape_index]
         groups = plan.groups(index)
-        assert 1 <= len(groups) <= shape.groups
+        assert len(groups) == shape.groups
+        assert sum(len(group.windows) > 0 for group in groups) >= plan.num_groups[index] > 0
         for group in groups:
             members = [place[int(window)] for window in group.windows]
             seen += members
             lengths = split.lengths[members]
-            assert 1 <= len(members) <= shape.users
+            assert len(members) <= shape.users
             assert split.num_positives[members].sum() <= shape.queries
             order = np.lexsort((lengths, group.starts))
             attention_layout.check_segments(
@@ -170,12 +172,12 @@ def test_locate_inverts_first_step():
 def test_empty_split_is_refused(make_store):
     store = make_store([3, 4])
     with pytest.raises(ValueError, match=r"^split='test': .* has no such window; prepare data"):
-        windows.split_windows(store, split="test", num_contextual=0, max_seq_len=5)
+        window_sizes.split_windows(store, split="test", num_contextual=0, max_seq_len=5)
 
 
 def test_split_windows_counts_what_truncation_drops(make_store):
     store = make_store([0, 4, 9, 5], [1, 2, 3, 1], splits=[0, 0, 0, 1])
-    split = windows.split_windows(store, split="train", num_contextual=2, max_seq_len=5)
+    split = window_sizes.split_windows(store, split="train", num_contextual=2, max_seq_len=5)
     np.testing.assert_array_equal(split.windows, [0, 1, 2])
     np.testing.assert_array_equal(split.lengths, [2, 6, 7])
     np.testing.assert_array_equal(split.num_positives, [1, 2, 3])

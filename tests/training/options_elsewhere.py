@@ -270,6 +270,11 @@ SHOWN_ELSEWHERE = (
         ),
     ),
     (
+        "training/test_shared_negatives.py",
+        "test_sharing_is_one_group_that_is_handed_all_negatives",
+        ("data.negative_sharing",),
+    ),
+    (
         "training/test_many_devices.py",
         "test_two_and_four_devices_train_like_one",
         (

@@ -14,6 +14,7 @@ import pytest
 from configs import kuairand
 from hstu_jax import inspect
 from hstu_jax.config import resolve
+from hstu_jax.features import balance
 from hstu_jax.training import inspection, loop
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
@@ -92,6 +93,20 @@ def test_command_prints_the_seed_variant_without_data():
 def test_shapes_of_batches_are_printed_where_the_data_is(run):
     (shape,) = run.pipeline.shapes
     assert inspect.batches_line(run.config) == f"batches: {shape}"
+
+
+def test_the_banner_says_how_even_an_epoch_is(run):
+    banner = run_lib.describe(run, run_lib.abstract_state(run))
+    (line,) = (line for line in banner.splitlines() if "most / mean" in line)
+    loads = {"tokens": [], "pairs": []}
+    for number in range(run.pipeline.num_steps(0)):
+        lengths = run.pipeline.batch_at(number).batch.segment_lengths
+        pairs = balance.visible_pairs(lengths.ravel(), rule=run.pipeline.source.rule)
+        loads["tokens"].append(lengths.sum(axis=1))
+        loads["pairs"].append(pairs.reshape(lengths.shape).sum(axis=1))
+    arrays = {name: np.array(rows, dtype=np.int64) for name, rows in loads.items()}
+    steps = balance.Loads(**arrays, num_steps=run.pipeline.num_steps(0))
+    assert line.strip() == steps.line(1) and "2 groups tokens 1." in line
 
 
 def test_going_on_makes_no_first_state(small_store, tmp_path, monkeypatch):

@@ -61,7 +61,10 @@ def test_eight_devices_train_like_one(small_store, tmp_path):
 @pytest.mark.long
 def test_compiled_steps_move_no_table_and_grow_with_nothing_but_the_batch(small_store, tmp_path):
     tasks = [f"compiled:{mesh}" for mesh in ("1x2", "1x4", "1x8", "2x4")]
-    lines = run_tasks(small_store, tmp_path, tasks, num_devices=8)
+    *lines, shared = run_tasks(small_store, tmp_path, [*tasks, "shared:1x4"], num_devices=8)
+    assert shared["kinds"] == ["all-gather", "all-reduce", "all-to-all", "reduce-scatter"]
+    # Vectors of 16 float32, one id and log q of the 900 negatives of four groups.
+    assert shared["gathered_bytes"] == 4 * 900 * (16 + 2) * 4
     for line in lines:
         assert line["kinds"] == ["all-reduce", "all-to-all"]
         assert line["alias_bytes"] > line["table_bytes"] > 40e6

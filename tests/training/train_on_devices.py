@@ -4,8 +4,8 @@
 
 For every task, optimizer : mesh : `mesh.exchange_slack` : `mesh.replicated_table_bytes`, a line of
 JSON: differences from one device. `compiled:1x8` prints figures of the compiled step of a large
-table in place of training. The number of CPU devices is fixed when JAX starts, so tests run
-this as a process of its own.
+table in place of training, `shared:1x8` those of one with shared negatives. The number of CPU
+devices is fixed when JAX starts, so tests run this as a process of its own.
 """
 
 import dataclasses
@@ -71,13 +71,19 @@ def largest_difference(one, two) -> float:
 def config_of(
     kind: str, store, workdir: str, *, num_groups: int = 0, num_negatives: int = 24
 ) -> schema.Config:
-    """A run of one layer and two tables, as many groups as devices, one optimizer for all."""
+    """A run of one layer and two tables, as many groups as devices, one optimizer for all.
+
+    With "sgd" all groups share their negatives.
+    """
+    is_shared = kind == "sgd"
     return with_two_tables(
         small_config(
             store,
             workdir,
             data__num_groups=num_groups or jax.device_count(),
             data__negative_sampler__num_sample=num_negatives,
+            data__negative_sampler__exclusion="query" if is_shared else "group",
+            data__negative_sharing="all" if is_shared else "none",
             model__user_tower__hstu__attn_num_layers=1,
             train__dense_optimizer__kind=kind,
             train__dense_optimizer__lr=RATES[kind],
@@ -88,13 +94,14 @@ def config_of(
     )
 
 
-def compiled_figures(store, workdir: str, *, mesh: str):
+def compiled_figures(store, workdir: str, *, task: str):
     """Memory and collectives of the step of a table of two million rows, a group for each device.
 
     A group has more than the 1,024 ids for which buckets are made at least.
     """
-    host, chip = (int(size) for size in mesh.split("x"))
-    config = config_of("adam", store, workdir, num_groups=host * chip, num_negatives=900)
+    kind = {"compiled": "adam", "shared": "sgd"}[task.partition(":")[0]]
+    host, chip = (int(size) for size in task.partition(":")[2].split("x"))
+    config = config_of(kind, store, workdir, num_groups=host * chip, num_negatives=900)
     features = {
         name: dataclasses.replace(each, num_buckets=2_000_000) if each.num_buckets > 1000 else each
         for name, each in config.features.items()
@@ -106,12 +113,13 @@ def compiled_figures(store, workdir: str, *, mesh: str):
     compiled = run.train_step.lower(state, batch).compile()
     found = collectives.read(compiled.as_text())
     return {
-        "task": f"compiled:{mesh}",
+        "task": task,
         "table_bytes": state_lib.size_bytes(state.tables) // (host * chip),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "alias_bytes": compiled.memory_analysis().alias_size_in_bytes,
         "largest_bytes": max(each.result_bytes for each in found),
         "all_to_all_bytes": sum(e.result_bytes for e in found if e.kind == "all-to-all"),
+        "gathered_bytes": sum(e.result_bytes for e in found if e.kind == "all-gather"),
         "kinds": sorted({each.kind for each in found}),
     }
 
@@ -120,9 +128,8 @@ def main(store_path: str, workdir: str, *tasks: str) -> None:
     """See above."""
     store, ends = event_store.open_store(store_path), {}
     for task in tasks:
-        if task.startswith("compiled:"):
-            figures = compiled_figures(store, workdir, mesh=task.removeprefix("compiled:"))
-            print(json.dumps(figures), flush=True)
+        if task.startswith(("compiled:", "shared:")):
+            print(json.dumps(compiled_figures(store, workdir, task=task)), flush=True)
             continue
         kind, mesh, slack, replicated_bytes = task.split(":")
         config = config_of(kind, store, workdir)
