@@ -158,7 +158,10 @@ def evaluate(run: run_lib.Run, state: state_lib.TrainState, eval_set: EvalSet) -
     state = state_lib.for_evaluation(state, use_ema=run.config.eval.use_dense_ema)
     users, sampled = user_vectors(run, state, eval_set)
     items = item_vectors(run, state)
-    return rank(eval_set, catalogue.vector_scores(users, items), run.config.eval, sampled=sampled)
+    # Behind the last item there are rows to split evenly: the block is that of the items.
+    user_block = catalogue.default_user_block(run.store.num_items)
+    scores = catalogue.vector_scores(users, items, user_block=user_block)
+    return rank(eval_set, scores, run.config.eval, sampled=sampled)
 
 
 def rank(
