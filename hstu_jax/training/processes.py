@@ -7,6 +7,7 @@ is in `partition.py`.
 """
 
 import contextlib
+import faulthandler
 import hashlib
 import importlib.metadata
 import os
@@ -29,6 +30,7 @@ _MARK_S = 30.0  # network file systems show a new file late
 _FAILED = "hstu_jax/failed/"
 _ANSWER_MS = 5_000  # a wait for a key is cut into pieces, so that Ctrl-C is heard
 
+_heartbeat_timeout_s = 0  # set by `start`
 _is_over = threading.Event()  # all processes are done: nobody needs to be watched
 _num_exchanges = 0  # of this process; equal on all, since all exchange in the same order
 
@@ -107,6 +109,11 @@ def start(
     finally:
         has_met.set()
     if count() > 1:
+        # JAX aborts a process when another one is lost: its message is not to be buried under the
+        # stacks of all threads, which absl has switched on.
+        faulthandler.enable(all_threads=False)
+        global _heartbeat_timeout_s
+        _heartbeat_timeout_s = heartbeat_timeout_s
         threading.Thread(target=_end_with_the_others, daemon=True).start()
 
 
@@ -276,6 +283,11 @@ def ending_together(explain: Callable[[Exception], str | None]) -> Iterator[None
         if message is None:
             traceback.print_exc()
             message = f"{type(error).__name__}: {error}"
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # A collective fails when another process has ended. Whoever knows which ends this one
+            # meanwhile: the thread below, or JAX, which names processes that are silent.
+            print("error: waiting to hear whether another process is lost", file=sys.stderr)
+            time.sleep(_heartbeat_timeout_s + 2 * _POLL_S)
         _give_up(message)
 
 

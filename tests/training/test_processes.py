@@ -170,6 +170,8 @@ def test_processes_that_differ_are_named(small_store, tmp_path):
     apart = {
         "--config.seed=5": r"configuration of process 1 (",
         f"--config.data.path={other_store.path}": "data (fingerprint) of process 1 (",
+        # Only one of them fails; the other one would wait for it.
+        "--config.data.path=no/where": "): data.path='no/where': no such folder; make it with",
     }
     for number, (argument, message) in enumerate(apart.items()):
         with processes.running(
@@ -180,6 +182,42 @@ def test_processes_that_differ_are_named(small_store, tmp_path):
         ) as two:
             assert two.wait(START_S) == [2, 2], two.texts()
             assert all(message in text for text in two.texts()), two.texts()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_other_in_bounded_time(small_store, tmp_path, victim):
+    options = ("--config.train.num_steps=100000", "--heartbeat_timeout_s=5")
+    with processes.running(
+        *command(small_store, tmp_path / "run", *options),
+        folder=tmp_path / "printed",
+        num_processes=2,
+    ) as two:
+        log = tmp_path / "run" / "metrics.jsonl"
+        two.wait_until(lambda: log.exists() and log.read_text().count("\n") >= 3, START_S)
+        two.running[victim].kill()
+        other = two.running[1 - victim]
+        assert other.wait(30) != 0
+        text = two.texts()[1 - victim]
+    # By JAX's own thread, or by the collective that fails.
+    assert "another task died" in text or "another process is lost" in text
+    named = "tasks are unhealthy (stopped sending heartbeats):\n1" if victim else "leader task"
+    assert named in text
+    assert text.count("\n") < 100
+
+
+@pytest.mark.long
+def test_processes_that_do_not_come_are_waited_for_in_bounded_time(small_store, tmp_path):
+    with processes.running(
+        *command(small_store, tmp_path / "run", "--initialization_timeout_s=3"),
+        folder=tmp_path / "printed",
+        num_processes=3,
+        only_in=[(), ()],
+    ) as two:
+        assert two.wait(START_S) == [2, 2]
+        for text in two.texts():
+            assert "not all processes came within 3 s; see that every one is started" in text
     assert not (tmp_path / "run").exists()
 
 
