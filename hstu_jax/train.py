@@ -2,7 +2,8 @@
 
     python -m hstu_jax.train --config=configs/kuairand.py
 
-The same command again goes on where the workdir stopped. `hstu_jax/training/loop.py` has the loop.
+The same command again goes on where the workdir stopped. It runs in several processes where it is
+started so (`process_flags.py`). `hstu_jax/training/loop.py` has the loop.
 """
 
 from hstu_jax import cli, process_flags

@@ -5,6 +5,7 @@ parameters and small tables are replicated. `step.py` is written for one shard a
 `AXES`; a single device is a mesh of one.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -129,9 +130,10 @@ def place_eval(
 
 def split_zeros(shape: tuple[int, ...], mesh: Mesh) -> jax.Array:
     """Zeros whose rows are split over all devices."""
-    return jax.jit(lambda: jnp.zeros(shape), out_shardings=split_sharding(mesh))()
+    return jnp.zeros(shape, device=split_sharding(mesh))
 
 
+@functools.lru_cache(maxsize=4)  # every validation asks for it
 def place_block_write(mesh: Mesh) -> Callable[..., jax.Array]:
     """Compiles (rows, block, valid, number) -> rows with every device's block as its number-th.
 

@@ -4,6 +4,8 @@ Where one process holds all devices these are `jax.device_put` and `jax.device_g
 what is split is in `partition.py`; values that are no arrays go through `processes.py`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,9 +84,9 @@ def to_host(tree: Any) -> Any:
     leaves = jax.tree.leaves(tree)
     if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves):
         return jax.device_get(tree)
-    replicated = NamedSharding(leaves[0].sharding.mesh, P())
-    return jax.device_get(jax.jit(_same, out_shardings=replicated)(tree))
+    return jax.device_get(_replicating(leaves[0].sharding.mesh)(tree))
 
 
-def _same(tree: Any) -> Any:
-    return tree
+@functools.lru_cache(maxsize=4)
+def _replicating(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))

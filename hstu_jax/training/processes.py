@@ -104,7 +104,7 @@ def start(
         raise ValueError(
             f"coordinator_address{where}: the processes cannot meet ({error}); give "
             "--coordinator_address=HOST:PORT of the first process with a free port, "
-            "--num_processes and --process_id."
+            "--num_processes and --process_id, or --launcher=none for a run of its own."
         ) from error
     finally:
         has_met.set()
