@@ -171,7 +171,7 @@ def test_processes_that_differ_are_named(small_store, tmp_path):
         "--config.seed=5": r"configuration of process 1 (",
         f"--config.data.path={other_store.path}": "data (fingerprint) of process 1 (",
         # Only one of them fails; the other one would wait for it.
-        "--config.data.path=no/where": "): data.path='no/where': no such folder; make it with",
+        "--config.data.path=no/where": "data.path='no/where': no such folder; make it with",
     }
     for number, (argument, message) in enumerate(apart.items()):
         with processes.running(
