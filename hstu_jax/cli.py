@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from hstu_jax import launchers
 from hstu_jax.config import resolve, schema, seed_fields
 from hstu_jax.data import event_store, list_columns, sample
 
@@ -21,6 +23,15 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; overrides config.workdir.")
 # Compiled programs are kept between runs: the second start of a configuration skips most of it.
 _CACHE = os.path.join("~", ".cache", "hstu_jax", "xla")
+LAUNCHER = flags.DEFINE_enum(
+    "launcher",
+    "auto",
+    ["auto", "none", "jax"],
+    "Who started this process among others. auto: SLURM (srun), Open MPI, an indexed Job of "
+    "Kubernetes or the TPU hosts of GKE, where one of them did; none: it runs alone, whatever "
+    "started it; jax: whatever jax.distributed.initialize() finds, e.g. a TPU pod of Compute "
+    "Engine.",
+)
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", _CACHE, "Folder of compiled programs; '' keeps none."
 )
@@ -31,6 +42,7 @@ def run_main(
     *,
     command: str | None = None,
     uses_devices: bool = True,
+    start_processes: Callable[[schema.Config], None] | None = None,
 ) -> None:
     """Parses the flags, sets JAX up, and calls `main` with the resolved configuration.
 
@@ -40,6 +52,8 @@ def run_main(
         main: the program.
         command: word that must stand before the flags, if any.
         uses_devices: False leaves JAX on the CPU, so that nothing is reserved on an accelerator.
+        start_processes: meets the other processes of the run, if there are any; None for programs
+            of one process, which refuse a launcher that started several.
     """
 
     def absl_main(argv: list[str]) -> None:
@@ -50,11 +64,21 @@ def run_main(
         if WORKDIR.value:
             raw.workdir = WORKDIR.value
         config = resolve.resolve(raw)
-        if uses_devices:
+        if start_processes is None:
+            refuse_launcher()
+            if uses_devices:
+                set_up_jax()
+            else:
+                _stay_on_the_cpu()
+            main(config)
+            return
+        from hstu_jax.training import processes
+
+        logging.set_verbosity(logging.WARNING)  # JAX reports how the processes meet at INFO
+        with processes.ending_together(_explain):
+            start_processes(config)
             set_up_jax()
-        else:
-            _stay_on_the_cpu()
-        main(config)
+            main(config)
 
     flags.mark_flag_as_required("config")
     # absl reads the configuration file while it parses flags: a wrong variant or a misspelt field
@@ -76,6 +100,7 @@ def run_without_config(main: Callable[[], None], *, uses_devices: bool = True) -
     def absl_main(argv: list[str]) -> None:
         if argv[1:]:
             raise app.UsageError(f"arguments {argv[1:]}: expected flags alone.")
+        refuse_launcher()
         set_up_jax(warns=uses_devices)
         if not uses_devices:
             _stay_on_the_cpu()
@@ -85,25 +110,37 @@ def run_without_config(main: Callable[[], None], *, uses_devices: bool = True) -
         app.run(absl_main)
 
 
+# What is the user's to mend; other errors show where they were raised.
+_USER_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,  # a package that only this command needs
+    KeyError,  # ml_collections: a misspelt section on the command line
+    OSError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextlib.contextmanager
 def _errors_as_messages():
     """Ends the program with the message of an error that is the user's to mend."""
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,  # a package that only this command needs
-        KeyError,  # ml_collections: a misspelt section on the command line
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
-        if os.environ.get("HSTU_JAX_TRACEBACK"):
+    except _USER_ERRORS as error:
+        message = _explain(error)
+        if message is None:
             raise
-        print(f"error: {error_text(error)}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         print("(set HSTU_JAX_TRACEBACK=1 to see where it was raised)", file=sys.stderr)
         sys.exit(2)
+
+
+def _explain(error: Exception) -> str | None:
+    """The message of an error that is the user's to mend, unless its traceback is asked for."""
+    if not isinstance(error, _USER_ERRORS) or os.environ.get("HSTU_JAX_TRACEBACK"):
+        return None
+    return error_text(error)
 
 
 def error_text(error: Exception) -> str:
@@ -136,6 +173,22 @@ def set_up_jax(*, warns: bool = True) -> None:
         print(warning, file=sys.stderr)
 
 
+def refuse_launcher() -> None:
+    """Raises ValueError if a launcher started this program, which runs in one process, many times.
+
+    All of them would do the same, and write the same files at once.
+    """
+    launcher = launchers.find(os.environ) if LAUNCHER.value == "auto" else None
+    if LAUNCHER.value == "jax":
+        raise ValueError("--launcher=jax: this command runs in one process; leave it out.")
+    if launcher is not None and launcher.num_processes > 1:
+        raise ValueError(
+            f"--launcher=auto: {launcher.name} started {launcher.num_processes} processes of this "
+            f"command, which runs in one; start it with {launcher.one_process}, or give "
+            "--launcher=none if each writes files of its own."
+        )
+
+
 def _stay_on_the_cpu() -> None:
     import jax
 
@@ -157,6 +210,12 @@ def unused_accelerator_warning() -> str:
     )
 
 
+def _write_sample(path: str) -> None:
+    if not os.path.exists(path):
+        print(f"data      {path} is missing: generating the sample (invented, not real users)")
+        sample.prepare(path)
+
+
 def open_data(config: schema.Config) -> event_store.EventStore:
     """The configuration's data; a missing generated sample is written first.
 
@@ -171,8 +230,12 @@ def open_data(config: schema.Config) -> event_store.EventStore:
                 "columns; leave it out."
             )
         return list_columns.open_list_columns(config)
+    from hstu_jax.training import processes
+
     path = config.data.path
     wants_sample = config.data.source == "sample"
+    if wants_sample:
+        processes.first_then_all("sample", functools.partial(_write_sample, path))
     if not os.path.exists(path):
         if not wants_sample:
             raise FileNotFoundError(
@@ -180,12 +243,14 @@ def open_data(config: schema.Config) -> event_store.EventStore:
                 f"kuairand --raw_dir <folder of the CSV files> --out_dir {path}` (KuaiRand), or as "
                 "the head of the configuration's file says."
             )
-        print(f"data      {path} is missing: generating the sample (invented, not real users)")
-        sample.prepare(path)
+        raise FileNotFoundError(
+            f"data.path={path!r}: the first process wrote the sample, and it is not on this host; "
+            "use a folder that all hosts share, or write it on every host before."
+        )
     store = event_store.open_store(path)
     is_sample = store.stats["source"] == sample.SOURCE
     if is_sample:
-        print(f"data      {path}: GENERATED sample, no real users or items")
+        processes.say(f"data      {path}: GENERATED sample, no real users or items")
     if config.eval.oracle and not is_sample:
         raise ValueError(
             f"eval.oracle=True: only the generated sample has true probabilities, not {path}; "

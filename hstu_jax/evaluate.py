@@ -9,9 +9,9 @@ from typing import Literal
 
 from absl import flags
 
-from hstu_jax import cli
+from hstu_jax import cli, process_flags
 from hstu_jax.config import schema
-from hstu_jax.training import closing, loop
+from hstu_jax.training import closing, loop, processes
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "Checkpoint to evaluate: 'latest', 'best' (of train.keep_best), a step."
@@ -28,6 +28,8 @@ def main(config: schema.Config) -> None:
     table = closing.evaluate_beside_baselines(
         result.run, result.state, train_mean=False, beside_best=_CHECKPOINT.value == "latest"
     )
+    if not processes.is_first():
+        return
     print(table.text())
     if _GROUPS.value:
         print(table.groups_text())
@@ -52,4 +54,4 @@ def checkpoint_step(text: str) -> int | Literal["best"] | None:
 
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(main, start_processes=process_flags.start)

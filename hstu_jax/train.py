@@ -2,22 +2,25 @@
 
     python -m hstu_jax.train --config=configs/kuairand.py
 
-The same command again goes on where the workdir stopped. `hstu_jax/training/loop.py` has the loop.
+The same command again goes on where the workdir stopped. It runs in several processes where it is
+started so (`process_flags.py`). `hstu_jax/training/loop.py` has the loop.
 """
 
-from hstu_jax import cli
+from hstu_jax import cli, process_flags
 from hstu_jax.config import schema
-from hstu_jax.training import closing, loop
+from hstu_jax.training import closing, loop, processes
 
 
 def main(config: schema.Config) -> None:
     """Trains, then evaluates beside the baselines."""
     store = cli.open_data(config)
     result = loop.fit(config, store)
-    print(result.summary())
+    processes.say(result.summary())
     table = closing.evaluate_beside_baselines(
         result.run, result.state, train_mean=True, beside_best=True
     )
+    if not processes.is_first():
+        return
     path = result.run.workdir / f"closing_{table.split}.json"
     table.write(path)
     ranks = table.write_ranks(result.run.workdir)
@@ -25,4 +28,4 @@ def main(config: schema.Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(main, start_processes=process_flags.start)

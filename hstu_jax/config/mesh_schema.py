@@ -10,7 +10,7 @@ from hstu_jax.config.checks import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices of the mesh; -1 = all that are left.
+    """Devices of the mesh; -1 = all that are left, both -1 = a host for every process.
 
     A device has room to send `exchange_slack` times as many ids as it can have (an even share to
     every other device); ids beyond wait for another round. With several hosts of several chips that

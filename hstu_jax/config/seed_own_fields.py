@@ -58,7 +58,7 @@ OWN: dict[str, str] = {
     "eval.mean_baseline": "trains the mean-pooling model among them",
     "eval.oracle": "the generated sample's true probabilities beside the result",
     "eval.num_bootstrap": "draws of the confidence intervals",
-    "mesh.host": "devices of the first mesh axis",
+    "mesh.host": "devices of the first mesh axis; -1 = the rest, both -1 = processes",
     "mesh.chip": "devices of the second mesh axis",
     "mesh.replicated_table_bytes": "tables up to this size are whole on every device",
     "mesh.host_exchange_slack": "the same between hosts, where a host's chips share what they send",

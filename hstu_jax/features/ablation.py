@@ -11,6 +11,8 @@ import numpy as np
 from hstu_jax.config import data_schema
 from hstu_jax.features.batch import Batch
 
+SHUFFLES = ("shuffled_order", "shuffled_targets")  # kinds whose draws run through all groups
+
 
 def apply(
     kind: data_schema.Ablation,

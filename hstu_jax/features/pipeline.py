@@ -25,6 +25,7 @@ from hstu_jax.features import (
     item_weights,
     negatives,
     next_item,
+    own_groups,
     packing,
     random_streams,
     sampler_inputs,
@@ -74,6 +75,7 @@ class Pipeline:
         order: "shuffled" = a new order every epoch; "stored" = every epoch in the store's order,
             with negatives that depend neither on the seed nor on the epoch, and one request a
             window whatever the objective (evaluation).
+        groups: numbers of the groups that batches are made of, ascending; None = all of them.
 
     Attributes:
         source: what batches are made from; with `packing.build_batch`, for windows of one's choice.
@@ -92,8 +94,10 @@ class Pipeline:
         *,
         split: str = "train",
         order: Literal["shuffled", "stored"] = "shuffled",
+        groups: tuple[int, ...] | None = None,
     ):
         store_fit.check(config, store)
+        self._groups = groups if groups is not None else tuple(range(config.data.num_groups))
         self._config, self._store, self._order = config, store, order
         self._evaluations: dict[str, Pipeline] = {}  # made once per split: it checks all ids
         max_seq_len = config.model.user_tower.max_seq_len
@@ -231,7 +235,7 @@ class Pipeline:
         )
 
     def batch_at(self, step: int) -> HostBatch:
-        """The batch of a step, from 0; safe to call from several threads.
+        """The batch of a step, from 0: its `groups`. Safe to call from several threads.
 
         Raises:
             ValueError: `step` is negative, or a group's positives leave nothing to draw negatives
@@ -248,8 +252,12 @@ class Pipeline:
         else:
             seed, stream, major = 0, random_streams.Stream.EVAL_NEGATIVES, index
             hard_stream = random_streams.Stream.EVAL_HARD_NEGATIVES
-        batch, window_index = packing.build_batch(
+        # A shuffle draws for one group after the other: it needs them all.
+        shuffles = self._config.data.ablation in ablation.SHUFFLES
+        takes_part = shuffles and len(self._groups) < shape.groups
+        batch, window_index = own_groups.build(
             plan.groups(index),
+            range(shape.groups) if takes_part else self._groups,
             source=self.source,
             shape=shape,
             group_rng=lambda group: random_streams.generator(
@@ -268,6 +276,9 @@ class Pipeline:
                 seed=seed, stream=random_streams.Stream.ABLATION, major=major
             ),
         )
+        if takes_part:
+            batch = own_groups.take(batch, self._groups)
+            window_index = window_index[list(self._groups)]
         return HostBatch(
             batch=batch,
             shape=shape,
@@ -315,7 +326,7 @@ class Pipeline:
         """
         if split not in self._evaluations:
             self._evaluations[split] = Pipeline(
-                self._config, self._store, split=split, order="stored"
+                self._config, self._store, split=split, order="stored", groups=self._groups
             )
         pipeline = self._evaluations[split]
         return pipeline.iterate(stop_step=pipeline.num_steps(0), device_put=device_put)

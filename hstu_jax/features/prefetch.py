@@ -23,9 +23,11 @@ _POLL_S = 0.05  # how often a full queue looks whether its reader has stopped
 class HostBatch:
     """A batch with what the host needs to know about it; never enters a compiled function.
 
+    With several processes it holds the groups that this process makes, and counts these.
+
     Attributes:
         batch: on the host, or on the device after `iterate(device_put=...)`.
-        shape: its static sizes.
+        shape: static sizes of the whole batch.
         window_index: window number in the store of every user slot, -1 where unused.
         step: step of the run (of the evaluation), from 0.
         epoch: epoch of the step, from 0.

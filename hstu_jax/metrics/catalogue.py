@@ -6,16 +6,18 @@ the ranks mean for quality is in `ranking.py`, the baselines' scores in `baselin
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 # Scores of the users start:stop against all N items, in item order. NumPy scores are compared on
-# the host as they are, jax arrays on their device; rows behind the first stop - start are not
-# looked at.
+# the host as they are, jax arrays on their device; rows behind the first stop - start, and items
+# behind the last one, are not looked at.
 ScoreBlock = Callable[[int, int], Float[np.ndarray | Array, "users N"]]
 
 _BLOCK_SCORES = 2**23  # scores held at a time, 32 MiB of float32
@@ -89,7 +91,8 @@ def vector_scores(
 
     Args:
         user_vectors: one vector per query-user.
-        item_vectors: one vector per item.
+        item_vectors: one vector per item; may be split over a mesh along the items, with any
+            vectors behind the last item, and then the scores are.
         user_block: most query-users a call may ask for; shorter blocks are padded to it.
 
     Returns:
@@ -98,18 +101,58 @@ def vector_scores(
     user_block = user_block or default_user_block(item_vectors.shape[0])
     users = np.asarray(user_vectors, np.float32)
     items = jnp.asarray(item_vectors, jnp.float32)
+    split = _split_of(items, axis=0)
 
     def score_block(start: int, stop: int):
         block = np.zeros((user_block, users.shape[1]), np.float32)
         block[: stop - start] = users[start:stop]
-        return _inner_products(block, items)
+        return _inner_products(block, items, split=split)
 
     return score_block
 
 
-@jax.jit
-def _inner_products(users, items):
-    return jnp.einsum("be,ne->bn", users, items, precision=jax.lax.Precision.HIGHEST)
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """The mesh and its axes over which items are split."""
+
+    mesh: jax.sharding.Mesh
+    axes: tuple[str, ...]
+
+
+def _split_of(array: Array, *, axis: int) -> _Split | None:
+    """How an axis is split over a mesh; None if it is not."""
+    sharding = array.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding) or len(sharding.spec) <= axis:
+        return None
+    axes = sharding.spec[axis]
+    axes = (axes,) if isinstance(axes, str) else axes
+    return _Split(sharding.mesh, axes) if axes else None
+
+
+def _on_shards(function, split: _Split | None, *, in_specs, out_specs):
+    """A function of each device's items; specs name the axis of items "items"."""
+    if split is None:
+        return function
+
+    def place(spec):
+        return P(*(split.axes if name == "items" else None for name in spec))
+
+    return jax.shard_map(
+        function,
+        mesh=split.mesh,
+        in_specs=tuple(map(place, in_specs)),
+        out_specs=jax.tree.map(place, out_specs, is_leaf=lambda spec: isinstance(spec, P)),
+        check_vma=False,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="split")
+def _inner_products(users, items, *, split):
+    def products(users, items):
+        return jnp.einsum("be,ne->bn", users, items, precision=jax.lax.Precision.HIGHEST)
+
+    specs = dict(in_specs=(P(), P("items")), out_specs=P(None, "items"))
+    return _on_shards(products, split, **specs)(users, items)
 
 
 def default_user_block(num_items: int) -> int:
@@ -229,32 +272,55 @@ def _count_on_host(scores, catalogue_mask, row, item, hidden_row, hidden_item) -
 
 
 def _count_on_device(scores, catalogue_mask, row, item, hidden_row, hidden_item, *, longest):
-    """The same on the scores' device; only the counts come back."""
+    """The same on the scores' device or devices; only the counts come back."""
     num_positives, num_hidden = longest
     padded = [_pad(row, num_positives, 0), _pad(item, num_positives, 0)]
     # A row behind the last one hides nothing.
     padded += [_pad(hidden_row, num_hidden, scores.shape[0]), _pad(hidden_item, num_hidden, 0)]
-    counted = jax.device_get(_count_not_below(scores, catalogue_mask, *padded))
+    mask = np.zeros(scores.shape[1], bool)  # no item behind the last one
+    mask[: catalogue_mask.size] = catalogue_mask
+    split = _split_of(scores, axis=1)
+    counted = jax.device_get(_count_not_below(scores, mask, *padded, split=split))
     *per_positive, is_nan_row = counted
     return _Counts(*(values[: row.size] for values in per_positive), is_nan_row)
 
 
-@jax.jit
-def _count_not_below(scores, catalogue_mask, row, item, hidden_row, hidden_item):
-    is_hidden = jnp.zeros(scores.shape, bool).at[hidden_row, hidden_item].set(True, mode="drop")
+@functools.partial(jax.jit, static_argnames="split")
+def _count_not_below(scores, catalogue_mask, row, item, hidden_row, hidden_item, *, split):
+    def count_all(scores, catalogue_mask, row, item, hidden_row, hidden_item):
+        width = scores.shape[1]
+        first = 0 if split is None else jax.lax.axis_index(split.axes) * width
+        own, hidden = (_within(index - first, width) for index in (item, hidden_item))
+        is_hidden = jnp.zeros(scores.shape, bool).at[hidden_row, hidden].set(True, mode="drop")
+        # One device has the positive's score; -inf and NaN survive the sum.
+        positive = scores.at[row, own].get(mode="fill", fill_value=0)
 
-    def count(positive):
-        row, item = positive
-        not_below = (scores[row] >= scores[row, item]) & catalogue_mask
-        return (
-            jnp.sum(not_below, dtype=jnp.int32),
-            jnp.sum(not_below & ~is_hidden[row], dtype=jnp.int32),
-        )
+        def count(positive):
+            row, score = positive
+            not_below = (scores[row] >= score) & catalogue_mask
+            return (
+                jnp.sum(not_below, dtype=jnp.int32),
+                jnp.sum(not_below & ~is_hidden[row], dtype=jnp.int32),
+            )
 
-    # In blocks of positives: all their rows at once would be as large as the scores and more.
-    block = max(1, min(_BLOCK_ROWS // scores.shape[1], row.shape[0]))
-    in_catalogue, shown = jax.lax.map(count, (row, item), batch_size=block)
-    return in_catalogue, shown, is_hidden[row, item], jnp.isnan(scores).any(axis=1)
+        # In blocks of positives: all their rows at once would be as large as the scores and more.
+        block = max(1, min(_BLOCK_ROWS // width, row.shape[0]))
+        counts = jax.lax.map(count, (row, total(positive)), batch_size=block)
+        is_seen = is_hidden.at[row, own].get(mode="fill", fill_value=False)
+        flags = total((is_seen.astype(jnp.int32), jnp.isnan(scores).any(axis=1).astype(jnp.int32)))
+        return *total(counts), *(flag > 0 for flag in flags)
+
+    def total(tree):
+        return tree if split is None else jax.lax.psum(tree, split.axes)
+
+    specs = dict(in_specs=(P(None, "items"), P("items"), *(P(),) * 4), out_specs=(P(),) * 4)
+    arrays = (scores, catalogue_mask, row, item, hidden_row, hidden_item)
+    return _on_shards(count_all, split, **specs)(*arrays)
+
+
+def _within(index, size):
+    """Indices of a device's own items; `size`, which is none, for those of others."""
+    return jnp.where((index >= 0) & (index < size), index, size)
 
 
 def _pad(values: np.ndarray, length: int, filler: int) -> np.ndarray:

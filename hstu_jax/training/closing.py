@@ -18,7 +18,7 @@ from hstu_jax.config import schema
 from hstu_jax.data import event_store, sample_oracle
 from hstu_jax.metrics import catalogue, ranking
 from hstu_jax.model import match
-from hstu_jax.training import counting, evaluation, loop, optimizer, rank_files
+from hstu_jax.training import counting, evaluation, loop, optimizer, processes, rank_files
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 
@@ -129,9 +129,12 @@ def evaluate_beside_baselines(
     *,
     train_mean: bool,
     beside_best: bool = False,
-    echo: Print = print,
+    echo: Print = processes.say,
 ) -> ClosingTable:
     """Evaluates a state on `eval.split`, with the baselines if `eval.baselines` asks for them.
+
+    With several processes all must call it. They get the same figures of models; what is counted on
+    the host (popularity, co-occurrence, item-kNN, the oracle) is in the first one's table only.
 
     Args:
         run: the run.
@@ -173,10 +176,12 @@ def evaluate_beside_baselines(
                 )
             else:
                 notes.append(mean)
+    # Work of the host alone, for whoever shows the table.
+    if config.baselines and processes.is_first():
         counted, note = counting.counting_baselines(run.store, eval_set, config)
         rows |= counted
         notes += note.splitlines()
-    if config.oracle:
+    if config.oracle and processes.is_first():
         rows["oracle"] = evaluation.rank(eval_set, _oracle(run.store, eval_set), config)
     return ClosingTable(
         split=config.split,

@@ -16,10 +16,11 @@ from hstu_jax.config import schema
 from hstu_jax.data import event_store
 from hstu_jax.features import packing
 from hstu_jax.metrics import catalogue, groups, ranking
+from hstu_jax.training import partition, placement
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 
-_ITEM_BLOCK = 16_384  # items whose vectors are computed at once
+_ITEM_BLOCK = 16_384  # items whose vectors a device computes at once
 _BOOTSTRAP_SEED = 0
 
 
@@ -157,7 +158,10 @@ def evaluate(run: run_lib.Run, state: state_lib.TrainState, eval_set: EvalSet) -
     state = state_lib.for_evaluation(state, use_ema=run.config.eval.use_dense_ema)
     users, sampled = user_vectors(run, state, eval_set)
     items = item_vectors(run, state)
-    return rank(eval_set, catalogue.vector_scores(users, items), run.config.eval, sampled=sampled)
+    # Behind the last item there are rows to split evenly: the block is that of the items.
+    user_block = catalogue.default_user_block(run.store.num_items)
+    scores = catalogue.vector_scores(users, items, user_block=user_block)
+    return rank(eval_set, scores, run.config.eval, sampled=sampled)
 
 
 def rank(
@@ -192,12 +196,15 @@ def user_vectors(
     sums = np.zeros(2 + len(run.config.metrics.recall_at_k))
     with run.pipeline.eval_batches(eval_set.split, device_put=run.put) as batches:
         for item in batches:
-            metrics, found = jax.device_get(run.eval_step(state, item.batch))
+            metrics, found = run.eval_step(state, item.batch)
+            # Each process knows the windows of its own groups.
+            window_index = run.put(item.window_index.astype(np.int32))
+            metrics, found, window_index = placement.to_host((metrics, found, window_index))
             sums += [metrics.loss_sum, metrics.num_queries, *metrics.recall_hits]
-            is_used = item.window_index >= 0
+            is_used = window_index >= 0
             if vectors is None:
                 vectors = np.zeros((len(eval_set.windows), found.shape[-1]), np.float32)
-            rows = [place[int(window)] for window in item.window_index[is_used]]
+            rows = [place[int(window)] for window in window_index[is_used]]
             vectors[rows] = found[is_used]
     queries = max(sums[1], 1.0)
     sampled = {"loss": float(sums[0] / queries)}
@@ -206,20 +213,31 @@ def user_vectors(
     return vectors, sampled
 
 
-def item_vectors(run: run_lib.Run, state: state_lib.TrainState) -> Float[np.ndarray, "N E"]:
-    """Vectors of all items of the store, by item_index."""
-    num_items = run.store.num_items
-    # One block size that the devices divide: one compilation.
-    block = -(-min(_ITEM_BLOCK, num_items) // run.mesh.size) * run.mesh.size
-    parts = []
-    for start in range(0, num_items, block):
-        items = np.arange(start, start + block, dtype=np.int32)
+def item_vectors(run: run_lib.Run, state: state_lib.TrainState) -> Float[jax.Array, "padded E"]:
+    """Vectors of all items of the store, by item_index, split over the devices of the mesh.
+
+    No device or process holds them all. Rows behind the last item are zeros.
+    """
+    num_items, num_devices = run.store.num_items, run.mesh.size
+    # Blocks of one size, as many on every device: one compilation.
+    num_blocks = -(-num_items // (_ITEM_BLOCK * num_devices))
+    block = -(-num_items // (num_blocks * num_devices))
+    first_of_device = np.arange(num_devices) * block * num_blocks
+    own = partition.own_groups(num_devices, run.mesh)
+    if own is not None:
+        first_of_device = first_of_device[list(own)]
+    write = partition.place_block_write(run.mesh)
+    vectors = None
+    for number in range(num_blocks):
+        items = (first_of_device[:, None] + number * block + np.arange(block)).reshape(-1)
         valid = items < num_items
         index = np.where(valid, items, 0)
-        ids = packing.item_values(run.pipeline.source.columns, index)
-        vectors = jax.device_get(run.item_step(state, run.put((ids, valid))))
-        parts.append(vectors[valid])
-    return np.concatenate(parts)
+        batch = run.put((packing.item_values(run.pipeline.source.columns, index), valid))
+        found = run.item_step(state, batch)
+        if vectors is None:
+            vectors = partition.split_zeros((num_blocks * found.shape[0], found.shape[1]), run.mesh)
+        vectors = write(vectors, found, batch[1], number)
+    return vectors
 
 
 def ragged_positions(

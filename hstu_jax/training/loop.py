@@ -22,6 +22,7 @@ from hstu_jax.training import (
     evaluation,
     log_window,
     metric_log,
+    processes,
     train_metrics,
 )
 from hstu_jax.training import run as run_lib
@@ -61,7 +62,7 @@ def fit(
     store: event_store.EventStore,
     *,
     devices: list[jax.Device] | None = None,
-    echo: Print = print,
+    echo: Print = processes.say,
 ) -> FitResult:
     """Trains until the configured number of steps.
 
@@ -79,6 +80,8 @@ def fit(
         FloatingPointError: the loss stopped being finite; names the step.
     """
     run = run_lib.build_run(config, store, devices=devices)
+    run_lib.check_same_data(run)
+    processes.check_shared(run.workdir)
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(contextlib.closing(run.checkpointer()))
         latest = checkpointer.latest_step()
@@ -93,7 +96,10 @@ def fit(
             state = checkpointer.restore(latest, state)
             echo(f"resumed   from {where}")
         log = metric_log.MetricLog(
-            run.workdir, start_step=latest or 0, use_tensorboard=config.train.use_tensorboard
+            run.workdir,
+            start_step=latest or 0,
+            use_tensorboard=config.train.use_tensorboard,
+            is_writer=processes.is_first(),
         )
         stack.enter_context(contextlib.closing(log))
         started = time.perf_counter()
@@ -130,6 +136,7 @@ def restore(
         ValueError: it was written with another configuration or other data.
     """
     run = run_lib.build_run(config, store, devices=devices)
+    run_lib.check_same_data(run)
     state = restore_state(run, step=step)
     return FitResult(run=run, state=state, train_s=0.0, num_compilations=0)
 
@@ -267,8 +274,10 @@ class _Validation:
             catalogue=config.catalogue,
         )
         self._baselines: dict[str, evaluation.Evaluation] = {}
-        if config.baselines:
+        # Only shown: the first process counts them, while the others wait here and not on a device.
+        if config.baselines and processes.is_first():
             self._baselines, _ = counting.counting_baselines(run.store, self._eval_set, config)
+        processes.wait_for_all("validation")
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Whether a step is validated; the last one only where the best state is kept."""

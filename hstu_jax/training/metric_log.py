@@ -17,14 +17,24 @@ class MetricLog:
         workdir: folder of the run.
         start_step: step the run starts from; later lines of an earlier attempt are dropped.
         use_tensorboard: also write TensorBoard events to `<workdir>/tensorboard`.
+        is_writer: False writes nothing, since another process of the run does.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, start_step: int, use_tensorboard: bool):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        start_step: int,
+        use_tensorboard: bool,
+        is_writer: bool = True,
+    ):
+        self._file, self._board = None, None
+        if not is_writer:
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         _drop_after(path, start_step)
         self._file = path.open("a")
-        self._board = None
         if use_tensorboard:
             import tensorboardX  # slow to import, and not needed without it
 
@@ -34,6 +44,8 @@ class MetricLog:
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Logs scalars of one kind at a step."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -42,7 +54,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -5,15 +5,18 @@ parameters and small tables are replicated. `step.py` is written for one shard a
 `AXES`; a single device is a mesh of one.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hstu_jax.config import schema
 from hstu_jax.tables import spec as table_spec
+from hstu_jax.training import placement
 from hstu_jax.training import state as state_lib
 
 AXES = ("host", "chip")
@@ -24,13 +27,15 @@ REPLICATED = P()
 def make_mesh(config: schema.MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh of `host` x `chip` devices; -1 takes what is left.
 
+    With both at -1 `host` is the number of processes, and `chip` the devices of each.
+
     Raises:
         ValueError: the sizes do not make up the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.host, config.chip]
-    if sizes.count(-1) == 2:
-        raise ValueError("mesh.host=-1: only one of mesh.host and mesh.chip may be -1.")
+    if sizes == [-1, -1]:
+        sizes[0] = len({device.process_index for device in devices})
     if -1 in sizes:
         known = -sizes[0] * sizes[1]
         sizes[sizes.index(-1)] = len(devices) // max(known, 1)
@@ -123,6 +128,26 @@ def place_eval(
     return _place(function, mesh, in_specs=(state_spec, SPLIT), out_specs=out_specs)
 
 
+def split_zeros(shape: tuple[int, ...], mesh: Mesh) -> jax.Array:
+    """Zeros whose rows are split over all devices."""
+    return jnp.zeros(shape, device=split_sharding(mesh))
+
+
+@functools.lru_cache(maxsize=4)  # every validation asks for it
+def place_block_write(mesh: Mesh) -> Callable[..., jax.Array]:
+    """Compiles (rows, block, valid, number) -> rows with every device's block as its number-th.
+
+    All but the number are split over the devices; rows are reused; where not valid 0 is written.
+    """
+
+    def write(rows, block, valid, number):
+        block = jnp.where(valid[:, None], block, 0)
+        return jax.lax.dynamic_update_slice_in_dim(rows, block, number * block.shape[0], axis=0)
+
+    specs = dict(in_specs=(SPLIT, SPLIT, SPLIT, REPLICATED), out_specs=SPLIT)
+    return _place(write, mesh, **specs, donate_argnums=(0,))
+
+
 def _place(function, mesh, *, in_specs, out_specs, **jit_options):
     def shardings(specs):
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
@@ -141,6 +166,16 @@ def _place(function, mesh, *, in_specs, out_specs, **jit_options):
     )
 
 
+def own_groups(num_groups: int, mesh: Mesh) -> tuple[int, ...] | None:
+    """Numbers of the batch groups that lie on this process's devices; None = all of them."""
+    return placement.own_rows(num_groups, split_sharding(mesh))
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A host batch on the mesh, split along its groups."""
-    return jax.device_put(batch, split_sharding(mesh))
+    """A host batch on the mesh, split along its groups.
+
+    Args:
+        batch: arrays of this process's groups (`own_groups`), in their order.
+        mesh: the devices.
+    """
+    return placement.put_own(batch, split_sharding(mesh))

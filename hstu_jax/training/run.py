@@ -16,7 +16,7 @@ from hstu_jax.config import resolve, schema
 from hstu_jax.data import event_store
 from hstu_jax.features import pipeline as pipeline_lib
 from hstu_jax.model import initialization, match
-from hstu_jax.training import checkpoint, partition, schedules, step
+from hstu_jax.training import checkpoint, partition, processes, schedules, step
 from hstu_jax.training import state as state_lib
 from pallas_kernels.hstu_attention import api as attention
 
@@ -80,7 +80,7 @@ class Run:
         )
 
     def put(self, batch: Any) -> Any:
-        """A host batch on the devices."""
+        """A host batch of this process's groups on the devices."""
         return partition.put_batch(batch, self.mesh)
 
     def checkpointer(
@@ -114,7 +114,8 @@ def build_run(
     """
     mesh = partition.make_mesh(config.mesh, devices)
     partition.check_groups(config.data.num_groups, mesh)
-    pipeline = pipeline_lib.Pipeline(config, store, split="train")
+    groups = partition.own_groups(config.data.num_groups, mesh)
+    pipeline = pipeline_lib.Pipeline(config, store, split="train", groups=groups)
     _check_accumulation(config.train, pipeline)
     num_steps = _num_steps(config.train, pipeline)
     ends = _epoch_ends(config.train, pipeline, num_steps)
@@ -143,6 +144,11 @@ def build_run(
         item_step=partition.place_eval(bind(step.item_step), mesh, state_spec=state_spec),
         num_steps=num_steps,
     )
+
+
+def check_same_data(run: Run) -> None:
+    """Raises ValueError, which names them, if the processes of a run have different data."""
+    processes.agree("data", {"data (fingerprint)": run.pipeline.fingerprint()})
 
 
 def _state_spec(

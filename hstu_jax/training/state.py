@@ -15,6 +15,7 @@ import optax
 
 from hstu_jax.tables import optimizers, update
 from hstu_jax.tables import spec as table_spec
+from hstu_jax.training import placement
 
 
 @jax.tree_util.register_dataclass
@@ -101,11 +102,11 @@ def init_state(
         replicated: where everything but the tables lives; None = the default device.
         has_ema: keep an average of the parameters.
     """
-    params, batch_stats = jax.device_put(
+    params, batch_stats = placement.replicate(
         (variables["params"], variables["batch_stats"]), replicated
     )
     opt_state = jax.jit(optimizer.init, out_shardings=replicated)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
+    step = placement.replicate(jnp.zeros((), jnp.int32), replicated)
     # A copy: the step may not be given one buffer twice to reuse.
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=replicated)
     ema = copy(params) if has_ema else None

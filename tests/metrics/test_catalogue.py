@@ -1,8 +1,10 @@
 """Whole-catalogue ranks against one loop over everything."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hstu_jax.metrics import catalogue
 
@@ -85,6 +87,40 @@ def test_vectors_are_ranked_by_inner_product_whatever_the_block():
             users, items, user_block=block, **arguments(positives, excluded)
         )
         np.testing.assert_array_equal(got.ranks, ranks)
+
+
+def test_a_catalogue_split_over_devices_gives_the_same_ranks():
+    rng = np.random.default_rng(2)
+    # Few different scores, so that many tie; an odd number of items, and a row behind the last.
+    users, items = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (13, 31))
+    positives, excluded = lists(rng, 13, 31, 5), lists(rng, 13, 31, 9)
+    mask = rng.random(31) < 0.8
+    mesh = jax.make_mesh((1, 2), ("host", "chip"), axis_types=(AxisType.Auto,) * 2)
+    padded = np.concatenate([items, np.full((1, 3), 9, np.float32)])
+    split = jax.device_put(padded, NamedSharding(mesh, PartitionSpec(("host", "chip"))))
+    scores = catalogue.vector_scores(users, split, user_block=4)
+    assert scores(0, 4).sharding.shard_shape((4, 32)) == (4, 16)
+    got = catalogue.ranks_from_scores(
+        scores,
+        num_items=31,
+        user_block=4,
+        **arguments(positives, excluded, catalogue_mask=mask),
+    )
+    ranks, seen, cold = brute_force(users @ items.T, positives, excluded, mask)
+    np.testing.assert_array_equal(got.ranks, ranks)
+    assert (got.num_seen, got.num_cold) == (seen, cold)
+    nothing = (np.zeros(14, int), np.zeros(0, int))
+    expected = brute_force(users @ items.T, positives, nothing, mask)[0]
+    np.testing.assert_array_equal(got.ranks_with_seen, expected)
+    broken = users.copy()
+    broken[5] = np.nan
+    with pytest.raises(ValueError, match=r"scores\[5\]=nan"):
+        catalogue.ranks_from_scores(
+            catalogue.vector_scores(broken, split, user_block=4),
+            num_items=31,
+            user_block=4,
+            **arguments(positives, excluded, catalogue_mask=mask),
+        )
 
 
 def test_only_positive_of_an_empty_catalogue_is_cold_and_no_users_is_fine():

@@ -77,7 +77,8 @@ def live(exported):
     store = exported.run.store
     eval_set = evaluation.make_eval_set(store, split="train", exclude_seen=False)
     users, _ = evaluation.user_vectors(exported.run, exported.state, eval_set)
-    return users, evaluation.item_vectors(exported.run, exported.state)
+    items = evaluation.item_vectors(exported.run, exported.state)
+    return users, np.asarray(items)[: exported.run.store.num_items]
 
 
 def one_user(**columns) -> dict:

@@ -2,15 +2,22 @@
 
 import dataclasses
 
+import ml_collections
+
 from configs import kuairand
 from hstu_jax.config import resolve, schema
 
 
 def small_config(store, workdir, **overrides) -> schema.Config:
     """The sample's configuration cut down; `overrides` are dotted paths with `__` for dots."""
+    return resolve.resolve(small_raw(store.path, workdir, **overrides))
+
+
+def small_raw(store_path, workdir, **overrides) -> ml_collections.ConfigDict:
+    """The same before it is resolved, as a configuration file gives it."""
     raw = kuairand.get_config("sample")
     raw.workdir = str(workdir)
-    raw.data.path = str(store.path)
+    raw.data.path = str(store_path)
     raw.data.batch_size, raw.data.block_len = 16, 16
     raw.data.queries_per_group = 120
     raw.data.negative_sampler.num_sample = 24
@@ -39,7 +46,7 @@ def small_config(store, workdir, **overrides) -> schema.Config:
         for part in sections:
             section = section[part]
         section[name] = value
-    return resolve.resolve(raw)
+    return raw
 
 
 def with_two_tables(config: schema.Config) -> schema.Config:

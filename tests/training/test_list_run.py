@@ -108,8 +108,8 @@ def test_runs_are_equal_and_learn_every_feature(rich_store, folder, tmp_path):
         is_changed = (weights(state)[name] != before[name]).any(axis=1)
         assert is_changed[:used].all() and not is_changed[used:].any()
     # Evaluation gives the item tower the same features: no two items have the same vector.
-    vectors = evaluation.item_vectors(run, state)
-    assert len(np.unique(vectors, axis=0)) == len(vectors) == rich_store.num_items
+    vectors = np.asarray(evaluation.item_vectors(run, state))[: rich_store.num_items]
+    assert len(np.unique(vectors, axis=0)) == rich_store.num_items
 
     other_run = build(rich_config(rich_store, tmp_path, **reading(folder)))
     other = run_lib.init_state(other_run)

@@ -1,0 +1,92 @@
+"""Flags of several processes: what is refused, and that nothing is started for one."""
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from configs import kuairand
+from hstu_jax import cli, process_flags
+from hstu_jax.config import resolve
+from hstu_jax.training import processes
+from tests.test_launchers import SLURM
+
+CONFIG = resolve.resolve(kuairand.get_config("sample"))
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch):
+    """What `processes.start` was called with; none of the calls starts anything."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    for name in SLURM:
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+    monkeypatch.setattr(processes, "start", lambda **options: calls.append(options))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"num_processes": 2},
+            r"--num_processes=2: needs --coordinator_address and --process_id too; give all three",
+        ),
+        (
+            {"coordinator_address": "host", "num_processes": 2, "process_id": 0},
+            r"--coordinator_address=host: must be host:port",
+        ),
+        (
+            {"coordinator_address": "host:9", "num_processes": 2, "process_id": 2},
+            r"--process_id=2: must be from 0 to --num_processes=2 less 1",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(values, message, started):
+    with flagsaver.flagsaver(**values), pytest.raises(ValueError, match=message):
+        process_flags.start(CONFIG)
+    assert started == []
+
+
+def test_a_plain_run_and_a_run_of_one_start_nothing(started):
+    process_flags.start(CONFIG)
+    with flagsaver.flagsaver(coordinator_address="host:9", num_processes=1, process_id=0):
+        process_flags.start(CONFIG)
+    assert started == []
+
+
+def test_flags_and_launchers_reach_jax(started, monkeypatch):
+    values = {"coordinator_address": "host:9", "num_processes": 2, "process_id": 1}
+    with flagsaver.flagsaver(**values, heartbeat_timeout_s=7):
+        process_flags.start(CONFIG)
+    assert started.pop() == {
+        **values,
+        "initialization_timeout_s": 300,
+        "heartbeat_timeout_s": 7,
+    }
+    for name, value in {**SLURM, "CUDA_VISIBLE_DEVICES": "3"}.items():
+        monkeypatch.setenv(name, value)
+    process_flags.start(CONFIG)
+    assert started.pop()["local_device_ids"] == (0,)
+    with flagsaver.flagsaver(launcher="none"):
+        process_flags.start(CONFIG)
+    assert started == []
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with flagsaver.flagsaver(launcher="jax"):
+        process_flags.start(CONFIG)
+    assert started.pop()["local_device_ids"] is None
+
+
+def test_commands_of_one_process_refuse_a_launcher_of_many(monkeypatch):
+    cli.refuse_launcher()
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"SLURM started 16 processes of this command, .* srun"):
+        cli.refuse_launcher()
+    with flagsaver.flagsaver(launcher="none"):
+        cli.refuse_launcher()
+    with (
+        flagsaver.flagsaver(launcher="jax"),
+        pytest.raises(ValueError, match=r"--launcher=jax: this command runs in one process"),
+    ):
+        cli.refuse_launcher()
