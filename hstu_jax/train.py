@@ -2,17 +2,22 @@
 
     python -m hstu_jax.train --config=configs/kuairand.py
 
-The same command again goes on where the workdir stopped. `hstu_jax/training/loop.py` has the loop.
+The same command again goes on where the workdir stopped. With `--config.train.dry_run` it prints
+what the run would take and send between devices, and writes nothing. `hstu_jax/training/loop.py`
+has the loop.
 """
 
 from hstu_jax import cli
 from hstu_jax.config import schema
-from hstu_jax.training import closing, loop
+from hstu_jax.training import closing, dry_run, loop
 
 
 def main(config: schema.Config) -> None:
-    """Trains, then evaluates beside the baselines."""
+    """Trains, then evaluates beside the baselines; with `train.dry_run` only describes the run."""
     store = cli.open_data(config)
+    if config.train.dry_run:
+        print(dry_run.report(config, store))
+        return
     result = loop.fit(config, store)
     print(result.summary())
     table = closing.evaluate_beside_baselines(
@@ -25,4 +30,4 @@ def main(config: schema.Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(main, has_dry_run=True)

@@ -3,9 +3,9 @@
     python -m tests.training.train_on_devices STORE WORKDIR sgd:2x2:0.05:0 sgd:1x4:1.25:100000
 
 For every task, optimizer : mesh : `mesh.exchange_slack` : `mesh.replicated_table_bytes`, a line of
-JSON: differences from one device. `compiled:1x8` prints figures of the compiled step of a large
-table in place of training. The number of CPU devices is fixed when JAX starts, so tests run
-this as a process of its own.
+JSON: differences from one device. `compiled:1x8:2000000` prints figures of the compiled step of a
+table of so many rows in place of training. The number of CPU devices is fixed when JAX starts, so
+tests run this as a process of its own.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 
 from hstu_jax.config import schema
 from hstu_jax.data import event_store
-from hstu_jax.training import collectives
+from hstu_jax.training import dry_run, traced
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 from tests.training.small_config import small_config, with_two_tables
@@ -88,32 +88,40 @@ def config_of(
     )
 
 
-def compiled_figures(store, workdir: str, *, mesh: str):
-    """Memory and collectives of the step of a table of two million rows, a group for each device.
+def compiled_figures(store, workdir: str, *, mesh: str, num_rows: int):
+    """Memory and collectives of the step of a large table, a group for each device.
 
     A group has more than the 1,024 ids for which buckets are made at least.
     """
     host, chip = (int(size) for size in mesh.split("x"))
     config = config_of("adam", store, workdir, num_groups=host * chip, num_negatives=900)
     features = {
-        name: dataclasses.replace(each, num_buckets=2_000_000) if each.num_buckets > 1000 else each
+        name: dataclasses.replace(each, num_buckets=num_rows) if each.num_buckets > 1000 else each
         for name, each in config.features.items()
     }
     options = dataclasses.replace(config.mesh, host=host, chip=chip)
     config = dataclasses.replace(config, features=features, mesh=options)
     run = run_lib.build_run(config, store, devices=jax.devices()[: host * chip])
-    state, batch = run_lib.abstract_state(run), run.put(run.pipeline.batch_at(0).batch)
-    compiled = run.train_step.lower(state, batch).compile()
-    found = collectives.read(compiled.as_text())
+    step = dry_run.compile_step(run)
+    abstract = jax.sharding.AbstractMesh(
+        (host, chip), run.mesh.axis_names, axis_types=run.mesh.axis_types
+    )
+    foreseen = traced.trace_step(run.program, run.pipeline, mesh=abstract, groups_per_device=1)
     return {
-        "task": f"compiled:{mesh}",
-        "table_bytes": state_lib.size_bytes(state.tables) // (host * chip),
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "alias_bytes": compiled.memory_analysis().alias_size_in_bytes,
-        "largest_bytes": max(each.result_bytes for each in found),
-        "all_to_all_bytes": sum(e.result_bytes for e in found if e.kind == "all-to-all"),
-        "kinds": sorted({each.kind for each in found}),
+        "task": f"compiled:{mesh}:{num_rows}",
+        "table_bytes": state_lib.size_bytes(step.state.tables) // (host * chip),
+        "temp_bytes": step.temporaries,
+        "alias_bytes": step.reused,
+        "largest_bytes": max(each.result_bytes for each in step.collectives),
+        "sent": sent_bytes(step.collectives),
+        "traced": sent_bytes(foreseen.collectives),
     }
+
+
+def sent_bytes(found) -> dict[str, float]:
+    """Kind of collective -> bytes that a device sends in all of them."""
+    kinds = sorted({each.kind for each in found})
+    return {kind: sum(e.sent_bytes for e in found if e.kind == kind) for kind in kinds}
 
 
 def main(store_path: str, workdir: str, *tasks: str) -> None:
@@ -121,7 +129,8 @@ def main(store_path: str, workdir: str, *tasks: str) -> None:
     store, ends = event_store.open_store(store_path), {}
     for task in tasks:
         if task.startswith("compiled:"):
-            figures = compiled_figures(store, workdir, mesh=task.removeprefix("compiled:"))
+            _, mesh, num_rows = task.split(":")
+            figures = compiled_figures(store, workdir, mesh=mesh, num_rows=int(num_rows))
             print(json.dumps(figures), flush=True)
             continue
         kind, mesh, slack, replicated_bytes = task.split(":")
