@@ -199,7 +199,7 @@ def abstract_batch(
     num_groups: int,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
-    """Shapes and types of what a pipeline's largest batches hold; allocates a group at most.
+    """Shapes and types of a pipeline's largest batch; allocates no more than one group of it.
 
     Args:
         pipeline: the batches.

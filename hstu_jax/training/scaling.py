@@ -204,19 +204,23 @@ def _compute(config, found, shape, rates):
     """Seconds of products and attention of a step, and lines that say how they come about."""
     dtype = "bfloat16" if config.train.mixed_precision else "float32"
     num_users = config.data.num_groups * shape.rows * config.train.gradient_accumulation_steps
-    work = [(kind, count, rates.products[kind]) for kind, count in found.products.items()]
+    work = [
+        (f"matrix products in {kind}", count, rates.products[kind])
+        for kind, count in sorted(found.products.items())
+    ]
     attention = attention_flops(config, num_users=num_users)
-    work.append((f"attention {dtype}", attention, rates.attention[dtype]))
+    work.append((f"attention in {dtype}", attention, rates.attention[dtype]))
     seconds = sum(count / rate for _, count, rate in work)
     lines = [
-        f"A model of {rates.name} GPUs, not a measurement. A device takes {num_users} users of "
-        f"{config.num_contextual} + {config.model.user_tower.max_seq_len} tokens in "
-        f"{config.data.num_groups} group(s): {seconds * 1e3:.1f} ms, made of",
+        f"A model of {rates.name} GPUs, not a measurement. A device computes "
+        f"{seconds * 1e3:.1f} ms for {num_users} users of {config.num_contextual} + "
+        f"{config.model.user_tower.max_seq_len} tokens in {config.data.num_groups} group(s):",
         *(
             f"- {name}: {count / 1e12:,.2f} TFLOP at {rate / 1e12:,.0f} TFLOP/s, "
             f"{count / rate * 1e3:.1f} ms"
             for name, count, rate in work
         ),
+        "",
         f"Sent at {rates.in_host / 1e9:,.0f} GB/s in a host of {DEVICES_PER_HOST}, "
         f"{rates.between_hosts / 1e9:,.0f} GB/s between hosts, each way; "
         f"mesh.exchange_slack={config.mesh.exchange_slack}, "

@@ -76,6 +76,8 @@ def trace_step(
         check_vma=False,
     )
     batch = run_lib.abstract_batch(pipeline, num_groups=groups_per_device * mesh.size)
+    per_step = program.config.train.gradient_accumulation_steps
+    batch = batch if per_step == 1 else (batch,) * per_step
     return read(jax.make_jaxpr(mapped)(run_lib.state_shapes(program.config), batch), mesh.shape)
 
 
