@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -36,55 +36,72 @@ COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", _CACHE, "Folder of compiled programs; '' keeps none."
 )
 
+Program = Callable[[schema.Config], None]
+
 
 def run_main(
-    main: Callable[[schema.Config], None],
+    main: Program | Mapping[str, Program],
     *,
-    command: str | None = None,
     uses_devices: bool = True,
     start_processes: Callable[[schema.Config], None] | None = None,
+    has_dry_run: bool = False,
 ) -> None:
     """Parses the flags, sets JAX up, and calls `main` with the resolved configuration.
 
     Errors in the configuration or the data end the program with their message and status 2.
 
     Args:
-        main: the program.
-        command: word that must stand before the flags, if any.
+        main: the program, or word that must stand before the flags -> program.
         uses_devices: False leaves JAX on the CPU, so that nothing is reserved on an accelerator.
         start_processes: meets the other processes of the run, if there are any; None for programs
             of one process, which refuse a launcher that started several.
+        has_dry_run: the program reads `train.dry_run`; any other refuses it.
     """
 
     def absl_main(argv: list[str]) -> None:
-        expected = [] if command is None else [command]
-        if argv[1:] != expected:
-            raise app.UsageError(f"arguments {argv[1:]} before the flags: expected {expected}.")
+        program = _chosen(main, argv[1:])
         raw = CONFIG.value
         if WORKDIR.value:
             raw.workdir = WORKDIR.value
         config = resolve.resolve(raw)
+        is_dry = config.train.dry_run
+        if is_dry and not has_dry_run:
+            raise ValueError(
+                "train.dry_run=True: only `python -m hstu_jax.train` has a dry run; leave it out."
+            )
+        if config.train.dry_run_devices:
+            simulate_devices(config.train.dry_run_devices)
         if start_processes is None:
             refuse_launcher()
             if uses_devices:
-                set_up_jax()
+                set_up_jax(keeps_programs=not is_dry)
             else:
                 _stay_on_the_cpu()
-            main(config)
+            program(config)
             return
         from hstu_jax.training import processes
 
         logging.set_verbosity(logging.WARNING)  # JAX reports how the processes meet at INFO
         with processes.ending_together(_explain):
             start_processes(config)
-            set_up_jax()
-            main(config)
+            set_up_jax(keeps_programs=not is_dry)
+            program(config)
 
     flags.mark_flag_as_required("config")
     # absl reads the configuration file while it parses flags: a wrong variant or a misspelt field
     # is met there, outside of `absl_main`.
     with _errors_as_messages():
         app.run(absl_main)
+
+
+def _chosen(main, words: list[str]) -> Program:
+    if not isinstance(main, Mapping):
+        if words:
+            raise app.UsageError(f"arguments {words} before the flags: expected [].")
+        return main
+    if len(words) != 1 or words[0] not in main:
+        raise app.UsageError(f"arguments {words} before the flags: expected one of {list(main)}.")
+    return main[words[0]]
 
 
 def run_without_config(main: Callable[[], None], *, uses_devices: bool = True) -> None:
@@ -159,12 +176,19 @@ def error_text(error: Exception) -> str:
     return f"{name}: {rule}; {advice}."
 
 
-def set_up_jax(*, warns: bool = True) -> None:
-    """Points JAX at the cache of compiled programs and warns of an accelerator left unused."""
+def set_up_jax(*, warns: bool = True, keeps_programs: bool = True) -> None:
+    """Points JAX at the cache of compiled programs and warns of an accelerator left unused.
+
+    Args:
+        warns: of an accelerator.
+        keeps_programs: False neither reads nor writes the cache.
+    """
     import jax
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches at INFO
-    if COMPILATION_CACHE.value:
+    if not keeps_programs:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif COMPILATION_CACHE.value:
         folder = os.path.expanduser(COMPILATION_CACHE.value)
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -187,6 +211,17 @@ def refuse_launcher() -> None:
             f"command, which runs in one; start it with {launcher.one_process}, or give "
             "--launcher=none if each writes files of its own."
         )
+
+
+def simulate_devices(count: int) -> None:
+    """Gives JAX a number of CPU devices in place of those of the machine.
+
+    Must come before anything asks JAX for its devices.
+    """
+    import jax
+
+    _stay_on_the_cpu()
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def _stay_on_the_cpu() -> None:
@@ -217,7 +252,7 @@ def _write_sample(path: str) -> None:
 
 
 def open_data(config: schema.Config) -> event_store.EventStore:
-    """The configuration's data; a missing generated sample is written first.
+    """The configuration's data; a missing generated sample is written first, but in a dry run.
 
     Raises:
         FileNotFoundError: no prepared data; names the command that makes it.
@@ -234,7 +269,7 @@ def open_data(config: schema.Config) -> event_store.EventStore:
 
     path = config.data.path
     wants_sample = config.data.source == "sample"
-    if wants_sample:
+    if wants_sample and not config.train.dry_run:
         processes.first_then_all("sample", functools.partial(_write_sample, path))
     if not os.path.exists(path):
         if not wants_sample:
@@ -242,6 +277,11 @@ def open_data(config: schema.Config) -> event_store.EventStore:
                 f"data.path={path!r}: no such folder; make it with `python -m hstu_jax.prepare "
                 f"kuairand --raw_dir <folder of the CSV files> --out_dir {path}` (KuaiRand), or as "
                 "the head of the configuration's file says."
+            )
+        if config.train.dry_run:
+            raise FileNotFoundError(
+                f"data.path={path!r}: no such folder, and a dry run writes nothing; make it with "
+                f"`python -m hstu_jax.prepare sample --out_dir {path}`."
             )
         raise FileNotFoundError(
             f"data.path={path!r}: the first process wrote the sample, and it is not on this host; "

@@ -5,6 +5,7 @@ tokens put behind them; training and the step are tried up to their configuratio
 beyond it is tested in `test_commands.py`). A command that is new on the page needs an entry here.
 """
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -12,8 +13,10 @@ import shlex
 import sys
 
 import pytest
+from absl import flags
 
-from hstu_jax import doctor
+from hstu_jax import benchmark as step_benchmark
+from hstu_jax import cli, doctor
 from hstu_jax.config import resolve
 from hstu_jax.tables import benchmark as tables_benchmark
 from pallas_kernels.hstu_attention import api, benchmark, benchmark_baselines
@@ -126,3 +129,36 @@ def test_the_list_names_what_it_must():
     ):
         assert words in text
     assert conftest.environment({}, "gpu") == {}
+
+
+@pytest.mark.long
+def test_the_tables_of_many_gpus_are_what_the_commands_print(small_store, monkeypatch, capsys):
+    """The data count only by their columns: lengths and batches are the configuration's."""
+    text = PAGE.read_text("utf-8")
+    section = text[text.index("## Many GPUs") :]
+    shown = [line for line in section.splitlines() if line.startswith(("| ", "- "))]
+    commands = re.findall(
+        r"^    (python -m hstu_jax\.benchmark scaling (?:.+\\\n)*.+)$", section, re.M
+    )
+    assert len(commands) == 2
+    monkeypatch.setattr(cli, "open_data", lambda config: small_store)
+    flags.FLAGS.mark_as_parsed()
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", " "))[4:]
+        step_benchmark.model_many_devices(_config_of(words))
+        printed = capsys.readouterr().out.splitlines()
+        assert [
+            line for line in printed if line.startswith(("| ", "- ")) and line not in shown
+        ] == []
+
+
+def _config_of(words):
+    """The configuration that a command's flags ask for."""
+    values = dict(word.removeprefix("--").split("=", 1) for word in words)
+    path, _, variant = values.pop("config").partition(":")
+    raw = _load(path).get_config(variant)
+    for name, value in values.items():
+        name = name.removeprefix("config.")
+        kind = type(functools.reduce(getattr, name.split("."), raw))
+        raw.update_from_flattened_dict({name: kind(value)})
+    return resolve.resolve(raw)

@@ -48,6 +48,8 @@ OWN: dict[str, str] = {
     "loss.log_q_correction": "subtracts the log sampling probability from every logit",
     "train.gradient_accumulation_mode": "mean over the batches of a step, or sum as there",
     "train.table_updates": "once a step, or with every batch as there",
+    "train.dry_run": "describe the compiled step and what it takes, then stop",
+    "train.dry_run_devices": "as if on so many devices, simulated on the CPU",
     "eval.split": "split of the closing table",
     "eval.every_num_steps": "validation while training",
     "eval.top_k": "cutoffs of the whole-catalogue metrics",

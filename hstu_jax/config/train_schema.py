@@ -354,6 +354,8 @@ class TrainConfig:
     keep_checkpoint_max: int = 2
     keep_best: KeepBestConfig = KeepBestConfig()
     use_tensorboard: bool = True
+    dry_run: bool = False  # describe the compiled step, then stop; nothing is allocated or written
+    dry_run_devices: int = 0  # as if on so many CPU devices; 0 = on the devices that are here
 
     @property
     def schedules(self) -> tuple[LearningRateConfig, ...]:
@@ -377,6 +379,14 @@ class TrainConfig:
             "gradient_accumulation_steps",
         ):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        devices = self.dry_run_devices
+        require(
+            devices == 0 or (devices > 0 and self.dry_run),
+            "dry_run_devices",
+            devices,
+            "must be a positive number, and is read by a dry run only",
+            "set dry_run, or leave it 0",
+        )
         for name, default in (("gradient_accumulation_mode", "mean"), ("table_updates", "step")):
             value = getattr(self, name)
             require(

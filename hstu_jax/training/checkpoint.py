@@ -25,6 +25,7 @@ _FREE_FIELDS = (
     "train.save_checkpoints_steps",
     "train.keep_checkpoint_max",
     "train.use_tensorboard",
+    "train.dry_run",
     "data.path",
     "data.source",
     "data.list_columns.train_input_path",

@@ -10,6 +10,9 @@ and rows (`tables/exchange.py`), that is one round.
 import dataclasses
 import math
 import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 _KINDS = (
     "all-gather",
@@ -23,7 +26,7 @@ _KINDS = (
 _INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_COUNTED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
+_COUNTED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{('\w+'(?:,\s*'\w+')*)\}")
 _NUM_DEVICES = re.compile(r"(num_partitions|replica_count)=(\d+)")
 
@@ -36,13 +39,18 @@ class Collective:
         kind: XLA's name, as "all-to-all".
         shape: the result as XLA writes it, without layouts; on one device.
         result_bytes: size of the result on one device.
-        group_size: devices that take part together.
+        group: the devices that take part together, as numbers in the mesh: one such group of them.
     """
 
     kind: str
     shape: str
     result_bytes: int
-    group_size: int
+    group: tuple[int, ...]
+
+    @property
+    def group_size(self) -> int:
+        """How many devices take part together."""
+        return len(self.group)
 
     @property
     def sent_bytes(self) -> float:
@@ -89,7 +97,7 @@ def read(text: str) -> tuple[Collective, ...]:
                 kind=kind,
                 shape=" ".join(f"{letters}{bits}[{sides}]" for letters, bits, sides in parts),
                 result_bytes=sum(_bytes(*part) for part in parts),
-                group_size=_group_size(line, num_devices),
+                group=_first_group(line, num_devices),
             )
         )
     return tuple(found)
@@ -101,14 +109,37 @@ def _bytes(letters: str, bits: str, sides: str) -> int:
     return math.ceil(count * int(bits or 8) / 8)
 
 
-def _group_size(line: str, num_devices: int) -> int:
+def _first_group(line: str, num_devices: int) -> tuple[int, ...]:
     if listed := _LISTED_GROUPS.search(line):
-        return len(listed.group(1).split(","))
-    if counted := _COUNTED_GROUPS.search(line):
-        return int(counted.group(1))
+        return _numbers(listed.group(1))
+    if counted := _COUNTED_GROUPS.search(line):  # all devices in an order, cut into groups
+        size, sides, order = counted.groups()
+        devices = _all_devices(_numbers(sides))
+        devices = devices.transpose(_numbers(order)) if order else devices
+        return tuple(devices.reshape(-1)[: int(size)].tolist())
     if named := _NAMED_GROUPS.search(line):  # by axes of a mesh, from JAX 0.11 on
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", named.group(2)))
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+        return group_along(re.findall(r"\w+", named.group(2)), sizes)
     if "replica_groups=" not in line or "replica_groups={}" in line:
-        return num_devices
+        return tuple(range(num_devices))
     raise ValueError(f"{line.strip()[:200]!r}: unknown form of replica_groups.")
+
+
+def group_along(axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Numbers of the devices that share their place with device 0 on all axes but the given ones.
+
+    Args:
+        axes: names of mesh axes.
+        sizes: length of every axis of the mesh, major first.
+    """
+    devices = _all_devices(tuple(sizes.values()))
+    chosen = tuple(slice(None) if name in axes else 0 for name in sizes)
+    return tuple(devices[chosen].reshape(-1).tolist())
+
+
+def _all_devices(sides: tuple[int, ...]) -> np.ndarray:
+    return np.arange(math.prod(sides)).reshape(sides)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))

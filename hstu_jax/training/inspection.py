@@ -34,19 +34,20 @@ def describe_state(config: schema.Config) -> str:
     slots = {name: table.slots for name, table in state.tables.items()}
     lines.append(f"  {'all':{width}}  {_sizes(weights, slots)}")
     num_bytes = state_lib.size_bytes(state)
-    lines.append(f"state: {_size(num_bytes)} ({num_bytes:,} bytes), without activations")
+    lines.append(f"state: {size_text(num_bytes)} ({num_bytes:,} bytes), without activations")
     return "\n".join(lines)
 
 
 def _sizes(weights: Any, beside: Any) -> str:
     own, more = state_lib.size_bytes(weights), state_lib.size_bytes(beside)
     return (
-        f"{state_lib.count(weights):,} parameters, {_size(own)}, and {_size(more)} of optimizer "
-        f"state: {own + more:,} bytes"
+        f"{state_lib.count(weights):,} parameters, {size_text(own)}, and {size_text(more)} of "
+        f"optimizer state: {own + more:,} bytes"
     )
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: float | int) -> str:
+    """Bytes in the unit that leaves the fewest digits, as 19.1 GiB."""
     value, unit = float(num_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:

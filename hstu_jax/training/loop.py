@@ -76,9 +76,12 @@ def fit(
         echo: where progress goes.
 
     Raises:
-        ValueError: the workdir holds a run with another configuration or other data.
+        ValueError: the workdir holds a run with another configuration or other data, or the
+            configuration asks for a dry run.
         FloatingPointError: the loss stopped being finite; names the step.
     """
+    if config.train.dry_run:
+        raise ValueError("train.dry_run=True: does not train; use `dry_run.report`, or leave it.")
     run = run_lib.build_run(config, store, devices=devices)
     run_lib.check_same_data(run)
     processes.check_shared(run.workdir)

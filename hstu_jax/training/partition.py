@@ -5,6 +5,7 @@ parameters and small tables are replicated. `step.py` is written for one shard a
 `AXES`; a single device is a mesh of one.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -57,7 +58,7 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, REPLICATED)
 
 
-def check_groups(num_groups: int, mesh: Mesh) -> None:
+def check_groups(num_groups: int, mesh: Mesh | jax.sharding.AbstractMesh) -> None:
     """Raises ValueError unless groups and table rows can be split evenly over the mesh."""
     if table_spec.VIRTUAL_SHARDS % mesh.size != 0:
         raise ValueError(
@@ -78,7 +79,10 @@ STATE_SPEC = state_lib.TrainState(
 
 
 def table_specs(
-    specs: Iterable[table_spec.TableSpec], mesh: Mesh, *, replicated_bytes: int
+    specs: Iterable[table_spec.TableSpec],
+    mesh: Mesh | jax.sharding.AbstractMesh,
+    *,
+    replicated_bytes: int,
 ) -> dict[str, P]:
     """Where the rows of every table are: on all devices in parts, or whole on each if small.
 
@@ -93,6 +97,17 @@ def table_specs(
         return REPLICATED if is_small and mesh.size > 1 else SPLIT
 
     return {spec.name: place(spec) for spec in specs}
+
+
+def spec_of_state(
+    specs: Iterable[table_spec.TableSpec],
+    mesh: Mesh | jax.sharding.AbstractMesh,
+    *,
+    replicated_bytes: int,
+) -> state_lib.TrainState:
+    """Where every part of a state is; arguments as for `table_specs`."""
+    tables = table_specs(specs, mesh, replicated_bytes=replicated_bytes)
+    return dataclasses.replace(STATE_SPEC, tables=tables)
 
 
 def with_shardings(

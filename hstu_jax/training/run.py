@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from hstu_jax.config import resolve, schema
 from hstu_jax.data import event_store
+from hstu_jax.features import packing
 from hstu_jax.features import pipeline as pipeline_lib
 from hstu_jax.model import initialization, match
 from hstu_jax.training import checkpoint, partition, processes, schedules, step
@@ -154,10 +156,9 @@ def check_same_data(run: Run) -> None:
 def _state_spec(
     config: schema.MeshConfig, program: step.Program, mesh: jax.sharding.Mesh
 ) -> state_lib.TrainState:
-    tables = partition.table_specs(
+    return partition.spec_of_state(
         program.specs, mesh, replicated_bytes=config.replicated_table_bytes
     )
-    return dataclasses.replace(partition.STATE_SPEC, tables=tables)
 
 
 def init_state(run: Run) -> state_lib.TrainState:
@@ -196,6 +197,39 @@ def state_shapes(config: schema.Config) -> state_lib.TrainState:
 def abstract_state(run: Run) -> state_lib.TrainState:
     """Shapes, types and shardings of a run's state: what a checkpoint is restored to."""
     return partition.with_shardings(_shapes_of(run.program), run.mesh, state_spec=run.state_spec)
+
+
+def abstract_batch(
+    pipeline: pipeline_lib.Pipeline,
+    *,
+    num_groups: int,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Any:
+    """Shapes and types of a pipeline's largest batch; allocates no more than one group of it.
+
+    Args:
+        pipeline: the batches.
+        num_groups: groups of the batch; the pipeline's own number, or another.
+        sharding: where its arrays are to be; None = nowhere.
+    """
+    largest = max(pipeline.shapes, key=lambda shape: shape.rows * shape.row_len)
+
+    def generator(group):
+        return np.random.default_rng(group)
+
+    # No window at all: its values are of no interest.
+    one, _ = packing.build_batch(
+        [],
+        source=pipeline.source,
+        shape=dataclasses.replace(largest, groups=1),
+        group_rng=generator,
+        hard_rng=generator,
+    )
+
+    def describe(leaf):
+        return jax.ShapeDtypeStruct((num_groups, *leaf.shape[1:]), leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(describe, one)
 
 
 def _shapes_of(program: step.Program) -> state_lib.TrainState:

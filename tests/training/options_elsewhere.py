@@ -291,4 +291,14 @@ SHOWN_ELSEWHERE = (
             "mesh.host_exchange_slack",
         ),
     ),
+    (
+        "training/test_dry_run.py",
+        "test_the_command_prints_and_neither_allocates_nor_writes",
+        ("train.dry_run",),
+    ),
+    (
+        "training/test_dry_run.py",
+        "test_simulated_devices",
+        ("train.dry_run_devices",),
+    ),
 )

@@ -47,6 +47,17 @@ LINES = [
 ]
 
 
+def test_the_devices_of_a_group():
+    """The first of the groups: every fourth, neighbours, half of a transposed mesh, all."""
+    groups = [each.group for line, _ in LINES for each in collectives.read(HEADER + line)]
+    everyone = tuple(range(8))
+    assert groups == [
+        *((0, 4), everyone, (0, 2, 4, 6), everyone, (0, 1, 2, 3)),
+        *(everyone, (0, 1, 2, 3), everyone, everyone),
+    ]
+    assert collectives.group_along(["host"], {"host": 2, "chip": 4}) == (0, 4)
+
+
 @pytest.mark.parametrize(("line", "want"), LINES)
 def test_every_form_by_hand(line, want):
     (found,) = collectives.read(HEADER + line)

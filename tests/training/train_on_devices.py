@@ -3,9 +3,9 @@
     python -m tests.training.train_on_devices STORE WORKDIR sgd:2x2:0.05:0 sgd:1x4:1.25:100000
 
 For every task, optimizer : mesh : `mesh.exchange_slack` : `mesh.replicated_table_bytes`, a line of
-JSON: differences from one device. `compiled:1x8` prints figures of the compiled step of a large
-table in place of training, `shared:1x8` those of one with shared negatives. The number of CPU
-devices is fixed when JAX starts, so tests run this as a process of its own.
+JSON: differences from one device. `compiled:1x8:2000000` prints figures of the compiled step of a
+table of so many rows in place of training, `shared:1x8:2000000` those of one with shared negatives.
+The number of CPU devices is fixed when JAX starts, so tests run this as a process of its own.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 
 from hstu_jax.config import schema
 from hstu_jax.data import event_store
-from hstu_jax.training import collectives
+from hstu_jax.training import dry_run, traced
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 from tests.training.small_config import small_config, with_two_tables
@@ -95,33 +95,46 @@ def config_of(
 
 
 def compiled_figures(store, workdir: str, *, task: str):
-    """Memory and collectives of the step of a table of two million rows, a group for each device.
+    """Memory and collectives of the step of a large table, a group for each device.
 
     A group has more than the 1,024 ids for which buckets are made at least.
     """
-    kind = {"compiled": "adam", "shared": "sgd"}[task.partition(":")[0]]
-    host, chip = (int(size) for size in task.partition(":")[2].split("x"))
+    kind, mesh, num_rows = task.split(":")
+    kind = {"compiled": "adam", "shared": "sgd"}[kind]
+    host, chip = (int(size) for size in mesh.split("x"))
     config = config_of(kind, store, workdir, num_groups=host * chip, num_negatives=900)
     features = {
-        name: dataclasses.replace(each, num_buckets=2_000_000) if each.num_buckets > 1000 else each
+        name: dataclasses.replace(each, num_buckets=int(num_rows))
+        if each.num_buckets > 1000
+        else each
         for name, each in config.features.items()
     }
     options = dataclasses.replace(config.mesh, host=host, chip=chip)
     config = dataclasses.replace(config, features=features, mesh=options)
     run = run_lib.build_run(config, store, devices=jax.devices()[: host * chip])
-    state, batch = run_lib.abstract_state(run), run.put(run.pipeline.batch_at(0).batch)
-    compiled = run.train_step.lower(state, batch).compile()
-    found = collectives.read(compiled.as_text())
+    step = dry_run.compile_step(run)
+    abstract = jax.sharding.AbstractMesh(
+        (host, chip), run.mesh.axis_names, axis_types=run.mesh.axis_types
+    )
+    foreseen = traced.trace_step(run.program, run.pipeline, mesh=abstract, groups_per_device=1)
     return {
         "task": task,
-        "table_bytes": state_lib.size_bytes(state.tables) // (host * chip),
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "alias_bytes": compiled.memory_analysis().alias_size_in_bytes,
-        "largest_bytes": max(each.result_bytes for each in found),
-        "all_to_all_bytes": sum(e.result_bytes for e in found if e.kind == "all-to-all"),
-        "gathered_bytes": sum(e.result_bytes for e in found if e.kind == "all-gather"),
-        "kinds": sorted({each.kind for each in found}),
+        "table_bytes": state_lib.size_bytes(step.state.tables) // (host * chip),
+        "temp_bytes": step.temporaries,
+        "alias_bytes": step.reused,
+        "largest_bytes": max(each.result_bytes for each in step.collectives),
+        "gathered_bytes": sum(
+            each.result_bytes for each in step.collectives if each.kind == "all-gather"
+        ),
+        "sent": sent_bytes(step.collectives),
+        "traced": sent_bytes(foreseen.collectives),
     }
+
+
+def sent_bytes(found) -> dict[str, float]:
+    """Kind of collective -> bytes that a device sends in all of them."""
+    kinds = sorted({each.kind for each in found})
+    return {kind: sum(e.sent_bytes for e in found if e.kind == kind) for kind in kinds}
 
 
 def main(store_path: str, workdir: str, *tasks: str) -> None:

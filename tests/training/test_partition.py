@@ -1,0 +1,40 @@
+"""Meshes that do not fit their devices are refused; runs on several devices show the rest."""
+
+import jax
+import pytest
+
+from hstu_jax.config import schema
+from hstu_jax.training import partition
+
+
+@pytest.mark.parametrize(
+    ("host", "chip", "message"),
+    [
+        (3, -1, r"mesh\.host=3, mesh\.chip=-1: must make up the 2 devices; set one of them to -1"),
+        (1, 4, r"mesh\.host=1, mesh\.chip=4: must make up the 2 devices"),
+    ],
+)
+def test_a_mesh_must_make_up_the_devices(host, chip, message):
+    with pytest.raises(ValueError, match=message):
+        partition.make_mesh(schema.MeshConfig(host=host, chip=chip), jax.devices()[:2])
+
+
+@pytest.mark.parametrize(("host", "chip", "want"), [(-1, 1, (2, 1)), (1, -1, (1, 2))])
+def test_minus_one_takes_the_rest(host, chip, want):
+    mesh = partition.make_mesh(schema.MeshConfig(host=host, chip=chip), jax.devices()[:2])
+    assert tuple(mesh.shape.values()) == want
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_groups", "message"),
+    [
+        (3, 3, r"mesh=3 devices: must divide the 1024 stripes of the embedding tables; use a pow"),
+        (4, 2, r"data\.num_groups=2: must be a multiple of the 4 devices of the mesh; use 4, or"),
+        (4, 6, r"data\.num_groups=6: must be a multiple of the 4 devices"),
+    ],
+)
+def test_groups_and_stripes_must_divide_over_the_devices(num_devices, num_groups, message):
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((1, num_devices), partition.AXES, axis_types=axis_types)
+    with pytest.raises(ValueError, match=message):
+        partition.check_groups(num_groups, mesh)

@@ -1,0 +1,191 @@
+"""The model of many GPUs: programs read from their trace, by hand, and the table made of them."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl.testing import flagsaver
+from jax.extend import core
+
+from hstu_jax import benchmark
+from hstu_jax.config import schema
+from hstu_jax.features import pipeline as pipeline_lib
+from hstu_jax.training import collectives, partition, scaling, schedules, step, traced
+from tests.training.small_config import small_config, with_two_tables
+
+
+def abstract_mesh(host, chip):
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    return jax.sharding.AbstractMesh((host, chip), partition.AXES, axis_types=axis_types)
+
+
+def read(function, *shapes, mesh):
+    """Figures of a function of one device's arrays."""
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=partition.REPLICATED,
+        out_specs=partition.REPLICATED,
+        check_vma=False,
+    )
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return traced.read(jax.make_jaxpr(mapped)(*arguments), mesh.shape)
+
+
+def test_products_by_hand():
+    def products(a, b):
+        with_loop = jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ b), a)  # a scan of 5
+        half = (a.astype(jnp.bfloat16) @ b.astype(jnp.bfloat16)).astype(jnp.float32)
+        exact = jnp.matmul(a, b, precision="highest")
+        unknown = jax.lax.while_loop(lambda x: x[0, 0] < 0, lambda x: x @ b, a)
+        either = jax.lax.cond(a[0, 0] > 0, lambda x: x @ b @ b, lambda x: x @ b, a)
+        return with_loop + half + exact + unknown + either
+
+    found = read(products, (3, 4), (4, 4), mesh=abstract_mesh(1, 1))
+    one = 2 * 3 * 4 * 4
+    assert found.products == {"float32": 7 * one, "bfloat16": one, "float32 exact": one}
+
+
+def test_collectives_by_hand():
+    def sends(a):
+        b = jax.lax.all_to_all(a, "host", split_axis=0, concat_axis=0, tiled=True)
+        c = jax.lax.all_gather(a, "chip")
+        d = jax.lax.psum_scatter(a, ("host", "chip"), tiled=True)
+        return jax.lax.psum(jnp.sum(b) + jnp.sum(c), ("host", "chip")) + jax.lax.pmax(d, "chip")
+
+    found = read(sends, (8, 2), mesh=abstract_mesh(2, 4)).collectives
+    assert [(each.kind, each.result_bytes, each.group) for each in found] == [
+        ("all-to-all", 64, (0, 4)),
+        ("all-gather", 4 * 64, (0, 1, 2, 3)),
+        ("reduce-scatter", 8, tuple(range(8))),
+        ("all-reduce", 4, tuple(range(8))),
+        ("all-reduce", 8, (0, 1, 2, 3)),
+    ]
+    with pytest.raises(ValueError, match=r"axis_size_of_tomorrow: names the mesh axes \('chip',\)"):
+        traced.read(_with_unknown_collective(), {"chip": 2})
+
+
+def _with_unknown_collective():
+    primitive = core.Primitive("axis_size_of_tomorrow")
+    primitive.def_abstract_eval(lambda x, *, axis_name: x)
+    return jax.make_jaxpr(lambda x: primitive.bind(x, axis_name="chip"))(1.0)
+
+
+# Kind, devices of the group on hosts of 4, and bytes of 800 sent within the host and to others.
+TRAFFIC = [
+    ("all-to-all", range(4), (600, 0)),
+    ("all-to-all", range(8), (300, 400)),
+    ("all-to-all", (0, 4), (0, 400)),
+    ("all-reduce", range(4), (1200, 0)),
+    ("all-reduce", range(8), (1200, 200)),
+    ("all-reduce", (0, 4), (0, 800)),
+    ("all-gather", range(8), (600, 100)),
+    ("reduce-scatter", range(8), (4800, 800)),
+    ("all-reduce", (0,), (0, 0)),
+]
+
+
+@pytest.mark.parametrize(("kind", "group", "want"), TRAFFIC)
+def test_traffic_by_hand(kind, group, want):
+    each = collectives.Collective(kind, "f32[200]", 800, tuple(group))
+    sent = scaling.traffic(each, devices_per_host=4)
+    assert (sent.in_host, sent.between_hosts) == want
+    if kind != "all-reduce" and len(set(d // 4 for d in group)) == 1:
+        assert sent.in_host == each.sent_bytes
+
+
+def test_unknown_traffic_is_refused():
+    each = collectives.Collective("collective-permute", "f32[2]", 8, (0, 1))
+    with pytest.raises(ValueError, match=r"collective-permute: the model knows all-to-all, all-r"):
+        scaling.traffic(each, devices_per_host=4)
+
+
+def test_attention_of_users_of_full_length(small_store, tmp_path):
+    config = with_two_tables(small_config(small_store, tmp_path))
+    # 1 contextual token and 42 items, causal; everybody sees the contextual token, which sees all.
+    pairs = 43 * 44 // 2 + 42
+    per_pair = (2 * 8 + 2 * 8) + (6 * 8 + 4 * 8)  # forward 2 K + 2 V, backward 6 K + 4 V
+    # Two layers, the last for one query per user; two heads.
+    assert scaling.attention_flops(config, num_users=3) == 3 * pairs * 2 * per_pair
+
+
+@pytest.fixture(scope="module")
+def config(small_store, tmp_path_factory) -> schema.Config:
+    """More ids on a device than the 1,024 for which buckets are made at least."""
+    return with_two_tables(
+        small_config(
+            small_store,
+            tmp_path_factory.mktemp("scaling"),
+            data__source="event_store",
+            data__negative_sampler__num_sample=900,
+            model__user_tower__hstu__attn_num_layers=1,
+        )
+    )
+
+
+def with_rows(config, num_rows):
+    features = {
+        name: dataclasses.replace(each, num_buckets=num_rows) if each.num_buckets > 1000 else each
+        for name, each in config.features.items()
+    }
+    return dataclasses.replace(config, features=features)
+
+
+def test_what_a_device_sends_follows_its_batch_alone(config, small_store):
+    """Neither the rows of tables nor, beyond (n - 1) / n, the number of devices."""
+    tower = dataclasses.replace(config.model.user_tower, encoder="mean")  # fast to trace
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, user_tower=tower))
+    pipeline, sent = pipeline_lib.Pipeline(config, small_store), {}
+    for host, chip, num_rows in ((1, 2, 2_000_000), (1, 8, 8_000_000), (2, 4, 8_000_000)):
+        program = step.make_program(
+            with_rows(config, num_rows), run_length=schedules.RunLength(num_steps=1)
+        )
+        mesh = abstract_mesh(host, chip)
+        found = traced.trace_step(program, pipeline, mesh=mesh, groups_per_device=1)
+        largest = max(each.result_bytes for each in found.collectives)
+        assert largest < 0.01 * num_rows * 16 * 4 / mesh.size
+        sent[host, chip] = sum(
+            each.sent_bytes for each in found.collectives if each.kind == "all-to-all"
+        )
+    # Of four times the rows and devices; buckets are rounded up to whole ids.
+    assert sent[1, 8] / (7 / 8) < 1.01 * sent[1, 2] / (1 / 2)
+    assert sent[2, 4] < 2 * sent[1, 8]
+
+
+def test_the_table(config, small_store, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.cli, "open_data", lambda config: small_store)
+    with _devices("16"):
+        benchmark.model_many_devices(config)
+    text = capsys.readouterr().out
+    assert "A model of H100 GPUs, not a measurement." in text
+    rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line[:1] == "|"]
+    names, _, level, two = rows
+    assert [row[:3] for row in (level, two)] == [
+        ["16", "1 x 16", "15"],
+        ["16", "2 x 8", "7 + 1"],
+    ]
+    efficiency = names.index("efficiency")
+    assert 0 < int(level[efficiency].rstrip("%")) < 100
+    step_ms, exchange_ms = names.index("step ms"), names.index("exchange ms")
+    for row in (level, two):
+        assert float(row[step_ms]) >= float(row[exchange_ms])
+
+
+def _devices(text):
+    benchmark.flags.FLAGS.mark_as_parsed()
+    return flagsaver.flagsaver(devices=text.split(","))
+
+
+def test_refused(config, small_store):
+    with pytest.raises(ValueError, match=r"devices=12: must be a multiple of the 8 of a host"):
+        scaling.report(config, small_store, devices=[12])
+    with pytest.raises(ValueError, match=r"mesh=2048 devices: must divide the 1024 stripes"):
+        scaling.report(config, small_store, devices=[2048])
+    with pytest.raises(ValueError, match=r"--devices=0: must be positive numbers"), _devices("0"):
+        benchmark.model_many_devices(config)
+    tower = dataclasses.replace(config.model.user_tower, encoder="mean")
+    model = dataclasses.replace(config.model, user_tower=tower)
+    with pytest.raises(ValueError, match=r"encoder='mean': the model of many devices counts the"):
+        scaling.report(dataclasses.replace(config, model=model), small_store, devices=[8])
