@@ -21,7 +21,7 @@ from tests.training.small_config import small_config, with_two_tables
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -29,34 +29,55 @@ def run(*arguments):
 
 
 def test_doctor_prints_versions_devices_and_kernel():
-    result = run("hstu_jax.doctor")
+    result = run("-m", "hstu_jax.doctor")
     assert result.returncode == 0, result.stderr
     assert "backend: cpu" in result.stdout
     assert "attention kernel for 'auto': xla" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config.train.num_stepz=3"], "num_stepz"),
-        (["--config.trian.num_steps=3"], 'Did you mean "train" instead of "trian"?'),
-        (["--config.model.temperature=-1"], "model.temperature=-1.0: must be positive."),
-        (
-            ["--config.data.source=event_store", "--config.data.path=no/where"],
-            "make it with `python -m hstu_jax.prepare kuairand --raw_dir",
-        ),
-        (["step"], "before the flags"),
-    ],
+# Arguments of a wrong call, its exit status and what it says.
+WRONG_CALLS = (
+    (["--config.train.num_stepz=3"], 2, "num_stepz"),
+    (["--config.trian.num_steps=3"], 2, 'Did you mean "train" instead of "trian"?'),
+    (["--config.model.temperature=-1"], 2, "model.temperature=-1.0: must be positive."),
+    (
+        ["--config.data.source=event_store", "--config.data.path=no/where"],
+        2,
+        "make it with `python -m hstu_jax.prepare kuairand --raw_dir",
+    ),
+    (["step"], 1, "before the flags"),
 )
-def test_wrong_calls_end_with_a_message(arguments, message):
-    result = run("hstu_jax.train", "--config=configs/kuairand.py", *arguments)
-    assert result.returncode != 0
-    assert message in result.stderr + result.stdout
-    assert "Traceback" not in result.stderr
+# What `python -m hstu_jax.train` does, for every call in a process that has its imports already.
+_FORKED = """
+import json, os, sys
+from hstu_jax import cli, train
+
+folder, calls = sys.argv[1:]
+for number, arguments in enumerate(json.loads(calls)):
+    child = os.fork()
+    if child == 0:
+        file = os.open(f"{folder}/{number}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(file, 1), os.dup2(file, 2)
+        sys.argv = ["train", *arguments]
+        cli.run_main(train.main)
+        sys.exit("run_main came back")
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_wrong_calls_end_with_a_message(tmp_path):
+    calls = [["--config=configs/kuairand.py", *arguments] for arguments, *_ in WRONG_CALLS]
+    result = run("-c", _FORKED, str(tmp_path), json.dumps(calls))
+    assert result.returncode == 0, result.stderr
+    found = map(int, result.stdout.split())
+    for number, (status, (_, expected, message)) in enumerate(zip(found, WRONG_CALLS, strict=True)):
+        text = (tmp_path / str(number)).read_text()
+        assert message in text and "Traceback" not in text
+        assert status == expected, text
 
 
 def test_unknown_variant_lists_the_known_ones():
-    result = run("hstu_jax.train", "--config=configs/kuairand.py:2k")
+    result = run("-m", "hstu_jax.train", "--config=configs/kuairand.py:2k")
     assert result.returncode != 0
     assert "variant='2k': unknown; available: sample" in result.stderr
 

@@ -212,8 +212,12 @@ def test_temperature_must_be_positive():
         run(draw(), temperature=0.0)
 
 
+@pytest.mark.long
 def test_golden_family_f(golden_dir):
-    """Recorded scores, losses, recalls and gradients of every case without hard negatives."""
+    """Recorded scores, losses, recalls and gradients of every case without hard negatives.
+
+    `tests/test_golden.py` replays them in every suite, those with hard negatives too.
+    """
     num_cases = 0
     for file in sorted(golden_dir.glob("F*.npz")):
         recorded = np.load(file)

@@ -1,4 +1,7 @@
-"""Attention against the recorded numbers of the reference: all files of op `hstu_mha`."""
+"""Attention against the recorded numbers of the reference: all files of op `hstu_mha`.
+
+`tests/test_golden.py` replays them in every suite; here, with `-m long`, by name of the path.
+"""
 
 import functools
 
@@ -14,6 +17,7 @@ def _by(implementation):
     return functools.partial(api.hstu_attention, implementation=implementation)
 
 
+@pytest.mark.long
 def test_recorded_attention(golden_dir):
     cases = recorded.recorded(golden_dir)
     for name, meta, arrays in cases:

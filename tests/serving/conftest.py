@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 
 import jax
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +13,7 @@ from hstu_jax.data import list_export
 from hstu_jax.serving import artifact, catalogue, exporter, trained
 from hstu_jax.training import evaluation, loop
 from hstu_jax.training import run as run_lib
-from tests.training.small_config import small_config
+from tests.training.small_config import small_config, with_two_tables
 
 OPTIONS = exporter.ExportOptions(
     history_lengths=(8, 42), batch_sizes=(1, 16), item_batch_sizes=(16, 512)
@@ -39,7 +38,7 @@ class Exported:
 @pytest.fixture(scope="session")
 def exported(small_store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
-    # Rates so large that the best step is not the newest one.
+    # The least recall is called the best here, so that the best step is not the newest one.
     config = small_config(
         small_store,
         folder / "run",
@@ -47,11 +46,12 @@ def exported(small_store, tmp_path_factory):
         train__num_steps=4,
         train__save_checkpoints_steps=2,
         train__keep_best__metric="recall@50",
+        train__keep_best__larger_is_better=False,
         train__dense_optimizer__lr=0.02,
         train__sparse_optimizer__lr=0.5,
         eval__every_num_steps=2,
     )
-    devices = jax.devices()[:1]
+    config, devices = with_two_tables(config), jax.devices()[:1]
     result = loop.fit(config, small_store, devices=devices, echo=lambda line: None)
     run, state = result.run, result.state
     list_export.export(small_store, folder / "lists", options=list_export.ExportOptions())
@@ -91,9 +91,4 @@ def one_user(**columns) -> dict:
         "request_time": [1_650_000_500],
         "user_id": [7],
     }
-    names = (
-        "user_active_degree", "follow_user_num_range", "fans_user_num_range",
-        "friend_user_num_range", "register_days_range",
-    )  # fmt: skip
-    row |= {name: np.array([1]) for name in names}
     return row | columns

@@ -239,7 +239,7 @@ def test_checkpoints_are_found_or_named(exported, tmp_path):
 
 def test_a_model_whose_items_have_no_id_is_refused(exported):
     config = exported.model.config
-    names = ("user_active_degree",)
+    names = ("user_id",)
     groups = {**config.feature_groups, "candidate": names, "uih": names}
     wrong = unchecked(config, feature_groups=groups)
     with pytest.raises(ValueError, match="no feature reads the item id 'video_id'"):

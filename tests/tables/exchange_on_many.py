@@ -1,11 +1,11 @@
 """The exchange on eight simulated devices; run by `test_exchange_many.py` as its own process.
 
-    python -m tests.tables.exchange_on_many exact:2x2 joined:2x4 compiled:1x8:400000
+    python -m tests.tables.exchange_on_many exact:2x2:20 joined:2x4 compiled:1x8:400000
 
-`exact` draws ids by hypothesis and compares with the dense step; `joined` has all chips of a host
-ask for the same ids through buckets that hold them only if they go once; `compiled` prints a line
-of JSON about the step of a table with so many rows. The number of CPU devices is fixed when JAX
-starts, and the test session has two.
+`exact` draws ids by hypothesis, so many times, and compares with the dense step; `joined` has all
+chips of a host ask for the same ids through buckets that hold them only if they go once; `compiled`
+prints a line of JSON about the step of a table with so many rows. The number of CPU devices is
+fixed when JAX starts, and the test session has two.
 """
 
 import functools
@@ -99,14 +99,14 @@ def compiled_figures(mesh_shape, num_rows):
 def main(*tasks: str) -> None:
     """See above."""
     for task in tasks:
-        what, mesh, *num_rows = task.split(":")
+        what, mesh, *count = task.split(":")
         shape = tuple(int(size) for size in mesh.split("x"))
         if what == "exact":
-            check_exact(shape, num_examples=20)
+            check_exact(shape, num_examples=int(count[0]))
         elif what == "joined":
             check_joined(shape)
         elif what == "compiled":
-            print(json.dumps(compiled_figures(shape, int(num_rows[0]))), flush=True)
+            print(json.dumps(compiled_figures(shape, int(count[0]))), flush=True)
         else:
             raise ValueError(f"task={task!r}: must begin with 'exact:', 'joined:' or 'compiled:'.")
 

@@ -47,8 +47,12 @@ def dense_adagrad(weights, sums, ids, cotangent, *, lr, clip=np.inf, decay=0.0, 
     return weights, sums
 
 
+@pytest.mark.long
 def test_golden_family_g(golden_dir):
-    """Every recorded sequence of steps of the reference's CPU kernel."""
+    """Every recorded sequence of steps of the reference's CPU kernel, by the functions alone.
+
+    `tests/test_golden.py` replays them in every suite.
+    """
     files = sorted(golden_dir.glob("G*.npz"))
     assert files
     for file in files:

@@ -12,7 +12,7 @@ from hstu_jax.data import event_store
 from hstu_jax.training import counting, evaluation
 from hstu_jax.training import run as run_lib
 from tests.data import lists
-from tests.training.small_config import small_config
+from tests.training.small_config import small_config, with_two_tables
 
 AUTHOR = IdFeature(num_buckets=7, embedding_dim=4, embedding_name="author")
 
@@ -50,6 +50,7 @@ def rich_config(store, workdir, **settings):
         model__initialization="reference",
         **settings,
     )
+    config = with_two_tables(config)
     scaled = NormalizerConfig(method="zscore", standard_deviation=50.0)
     groups = config.feature_groups
     return dataclasses.replace(

@@ -40,6 +40,7 @@ def straight(small_store, tmp_path_factory):
     config = small_config(
         small_store,
         tmp_path_factory.mktemp("straight"),
+        model__user_tower__hstu__attn_num_layers=1,
         train__sparse_optimizer__kind="partial_rowwise_adam",
         train__sparse_optimizer__lr=0.01,
         train__dense_optimizer__ema__decay=0.5,
@@ -48,6 +49,7 @@ def straight(small_store, tmp_path_factory):
         train_metrics__decay_step=3,
         eval__every_num_steps=2,
     )
+    config = with_two_tables(config)
     return config, *fit(config, small_store)
 
 
@@ -194,7 +196,11 @@ def test_restore_without_a_run_names_the_command(small_store, tmp_path):
 
 def test_a_checkpoint_restores_onto_more_devices(small_store, tmp_path):
     config = small_config(
-        small_store, tmp_path, data__num_groups=2, train__gradient_accumulation_steps=2
+        small_store,
+        tmp_path,
+        data__num_groups=2,
+        model__user_tower__encoder="mean",  # compiles in a moment; the state is what matters
+        train__gradient_accumulation_steps=2,
     )
     config = with_steps(with_two_tables(config), 2)
     result, _ = fit(config, small_store)
@@ -214,12 +220,16 @@ def test_a_checkpoint_restores_onto_more_devices(small_store, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_store, tmp_path):
     config = small_config(
-        small_store, tmp_path, train__dense_optimizer__lr=1e30, train__sparse_optimizer__lr=1e30
+        small_store,
+        tmp_path,
+        model__user_tower__encoder="mean",
+        train__dense_optimizer__lr=1e30,
+        train__sparse_optimizer__lr=1e30,
     )
     with pytest.raises(
         FloatingPointError, match=r"step \d: the loss sum is .* not finite; .*Lower"
     ):
-        fit(config, small_store)
+        fit(with_two_tables(config), small_store)
 
 
 def test_a_mismatched_array_is_named(straight, small_store):

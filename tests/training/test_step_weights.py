@@ -11,7 +11,7 @@ from hstu_jax.data import event_store, hard_edges
 from hstu_jax.model import feature_lookup
 from hstu_jax.tables import spec as table_spec
 from hstu_jax.training import run as run_lib
-from tests.training.small_config import small_config
+from tests.training.small_config import small_config, with_two_tables
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def config(weighted_store, tmp_path_factory):
         "hard_neg_edge_input_path": str(edges),
         "weight_exponent": 1.0,
     }
-    return small_config(
+    config = small_config(
         weighted_store,
         tmp_path_factory.mktemp("run"),
         data__num_groups=2,
@@ -49,6 +49,7 @@ def config(weighted_store, tmp_path_factory):
         model__user_tower__encoder="mean",  # compiles in a moment; what is tested comes after it
         model__user_tower__hstu__input_dropout_ratio=0.0,
     )
+    return with_two_tables(config)
 
 
 @pytest.fixture(scope="module")
