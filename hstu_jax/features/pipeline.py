@@ -16,19 +16,15 @@ import numpy as np
 
 from hstu_jax.config import sampler_schema, schema
 from hstu_jax.data import event_store, sample_weights, store_files
-from hstu_jax.data import schema as data_schema
 from hstu_jax.features import (
     ablation,
     ages,
     columns,
-    hard_negatives,
-    item_weights,
-    negatives,
     next_item,
     own_groups,
     packing,
     random_streams,
-    sampler_inputs,
+    samplers,
     sequence_rules,
     shapes,
     store_fit,
@@ -119,7 +115,7 @@ class Pipeline:
         self._shapes = shapes.run_shapes(
             config, store, training_rows, is_evaluation=order == "stored"
         )
-        sampler, hard_sampler = _build_samplers(config.data.negative_sampler, store)
+        sampler, hard_sampler = samplers.build(config.data.negative_sampler, store)
         weight_fields = config.data.sample_weight_fields
         self.source = packing.BatchSource(
             store=store,
@@ -348,51 +344,6 @@ def _training_rows(
         num_contextual=config.num_contextual,
         max_seq_len=config.model.user_tower.max_seq_len,
     )
-
-
-def _build_samplers(
-    config: sampler_schema.NegativeSamplerConfig, store: event_store.EventStore
-) -> tuple[negatives.NegativeSampler, hard_negatives.HardNegativeSampler | None]:
-    if config.kind == "NegativeSampler":
-        return _build_sampler(config, store), None
-    if config.item_input_path:
-        items = sampler_inputs.read_item_table(config, store)
-        sampler = negatives.NegativeSampler(items.weight, origin=config.item_input_path)
-    else:
-        items, sampler = None, _build_sampler(config, store)
-    edges = sampler_inputs.read_hard_edges(
-        config, store, is_listed_item=None if items is None else items.is_listed
-    )
-    return sampler, hard_negatives.HardNegativeSampler(
-        edges,
-        num_sample=config.num_hard_sample,
-        strategy=config.hard_sample_strategy,
-        exclude_positives=config.exclude_positives,
-    )
-
-
-def _build_sampler(
-    config: sampler_schema.NegativeSamplerConfig, store: event_store.EventStore
-) -> negatives.NegativeSampler:
-    if config.input_path:
-        path = pathlib.Path(config.input_path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"data.negative_sampler.input_path={config.input_path!r}: no such file; use "
-                f"{store.path / data_schema.ITEM_TABLE_FILE}, which `python -m hstu_jax.prepare` "
-                "writes, or leave it empty."
-            )
-        weights = item_weights.table_weights(
-            path,
-            num_items=store.num_items,
-            delimiter=config.field_delimiter,
-            item_key=store.features.item_key,
-        )
-        return negatives.NegativeSampler(weights, origin=config.input_path)
-    weights = item_weights.train_count_weights(
-        store.items.train_count, exponent=config.weight_exponent
-    )
-    return negatives.NegativeSampler(weights, origin=f"{store.path} train_count")
 
 
 def _make_batch(
