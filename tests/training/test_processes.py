@@ -16,7 +16,7 @@ from tests import devices, processes
 from tests.training import processes_config
 
 CONFIG = "tests/training/processes_config.py"
-START_S = 240  # for imports and compilations on a machine that does other things too
+START_S = 400  # for imports and compilations on a machine that does other things too
 TIMING = ("_s", "_share")  # figures of the clock
 
 

@@ -5,7 +5,7 @@ import functools
 import jax
 
 from hstu_jax.training import run as run_lib
-from tests.training.small_config import small_config, with_two_tables
+from tests.training.small_config import small_config
 
 
 def test_a_truncating_run_traces_on_two_devices(small_store, tmp_path):
@@ -19,7 +19,7 @@ def test_a_truncating_run_traces_on_two_devices(small_store, tmp_path):
         model__user_tower__hstu__stu__contextual_seq_len=0,
         model__user_tower__hstu__stu__sla_k1=4,
     )
-    run = run_lib.build_run(with_two_tables(config), small_store, devices=jax.devices()[:2])
+    run = run_lib.build_run(config, small_store, devices=jax.devices()[:2])
     state = jax.eval_shape(functools.partial(run_lib.init_state, run))
     batch = run.pipeline.batch_at(0).batch
     (shape,) = run.pipeline.shapes
