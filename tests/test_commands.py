@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
+from absl import app, flags
 from absl.testing import flagsaver
 
 from hstu_jax import benchmark, cli, evaluate, train
@@ -74,6 +74,14 @@ def test_wrong_calls_end_with_a_message(tmp_path):
         text = (tmp_path / str(number)).read_text()
         assert message in text and "Traceback" not in text
         assert status == expected, text
+
+
+@pytest.mark.parametrize("words", [[], ["steps"], ["step", "scaling"]])
+def test_a_word_chooses_between_programs(words, monkeypatch):
+    monkeypatch.setattr(cli.flags, "mark_flag_as_required", lambda name: None)
+    monkeypatch.setattr(cli.app, "run", lambda program: program(["benchmark", *words]))
+    with pytest.raises(app.UsageError, match=r"before the flags: expected one of \['step', 'sca"):
+        cli.run_main({"step": print, "scaling": print})
 
 
 def test_unknown_variant_lists_the_known_ones():

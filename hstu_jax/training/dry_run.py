@@ -109,6 +109,11 @@ def report(
         )
     if len(run.pipeline.shapes) > 1:
         notes.append(f"          the largest of {len(run.pipeline.shapes)} batch shapes")
+    if config.train.gradient_accumulation_steps > 1:
+        notes.append(
+            f"          a step takes {config.train.gradient_accumulation_steps} batches in a loop: "
+            "below, the rows that one of them fetches"
+        )
     lines = [
         run_lib.describe(run, found.state),
         f"dry run   {per_device_bytes(found.state):,} bytes of state on each device; nothing is "

@@ -41,7 +41,8 @@ class Traced:
     """Figures of a program on one device.
 
     Attributes:
-        collectives: in the order of the program; one in a loop of unknown length stands once.
+        collectives: in the order of the program, as often as they run; one in a loop of unknown
+            length (the rounds of the exchange) stands once.
         products: kind of matrix product -> operations, 2 m n k for [m, k] times [k, n]. A kind is
             the inputs' dtype, or "float32 exact" where full precision is asked for.
     """
@@ -96,34 +97,35 @@ def read(jaxpr: core.ClosedJaxpr, axis_sizes: Mapping[str, int]) -> Traced:
     """
     found: list[collectives.Collective] = []
     products: collections.Counter[str] = collections.Counter()
-    _walk(jaxpr.jaxpr, axis_sizes, 1, found, products)
+    _walk(jaxpr.jaxpr, axis_sizes, (1, True), found, products)
     return Traced(collectives=tuple(found), products=dict(products))
 
 
-def _walk(jaxpr, sizes, times, found, products):
-    """Adds the figures of a program that runs `times` times; 0 = an unknown number of times."""
+def _walk(jaxpr, sizes, runs, found, products):
+    """Adds the figures of a program; `runs` says how often it runs, and whether that is known."""
+    times, is_known = runs
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
+        if name == "dot_general" and is_known:
             products[_product_kind(equation)] += times * _product_flops(equation)
         axes = _mesh_axes(params)
         if name in _KINDS:
-            found.append(_collective(_KINDS[name], equation, axes, sizes))
+            found.extend([_collective(_KINDS[name], equation, axes, sizes)] * times)
         elif axes and name not in _LOCAL:
             raise ValueError(f"{name}: names the mesh axes {axes} and is not known here.")
         if name == "cond":
-            _walk_largest(params["branches"], sizes, times, found, products)
+            _walk_largest(params["branches"], sizes, runs, found, products)
             continue
-        inner = times * {"scan": params.get("length", 1), "while": 0}.get(name, 1)
+        inner = (times * (params["length"] if name == "scan" else 1), is_known and name != "while")
         for part in _programs(params):
             _walk(part, sizes, inner, found, products)
 
 
-def _walk_largest(branches, sizes, times, found, products):
+def _walk_largest(branches, sizes, runs, found, products):
     read = []
     for branch in branches:
         inside: tuple[list, collections.Counter] = ([], collections.Counter())
-        _walk(branch.jaxpr, sizes, times, *inside)
+        _walk(branch.jaxpr, sizes, runs, *inside)
         read.append(inside)
     most = max(read, key=lambda r: (sum(c.sent_bytes for c in r[0]), r[1].total()))
     found.extend(most[0])

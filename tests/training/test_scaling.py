@@ -36,12 +36,15 @@ def read(function, *shapes, mesh):
 
 def test_products_by_hand():
     def products(a, b):
+        nested = jax.lax.fori_loop(  # a while in a scan is unknown
+            0, 5, lambda _, x: jax.lax.while_loop(lambda y: y[0, 0] < 0, lambda y: y @ b, x), a
+        )
         with_loop = jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ b), a)  # a scan of 5
         half = (a.astype(jnp.bfloat16) @ b.astype(jnp.bfloat16)).astype(jnp.float32)
         exact = jnp.matmul(a, b, precision="highest")
         unknown = jax.lax.while_loop(lambda x: x[0, 0] < 0, lambda x: x @ b, a)
         either = jax.lax.cond(a[0, 0] > 0, lambda x: x @ b @ b, lambda x: x @ b, a)
-        return with_loop + half + exact + unknown + either
+        return nested + with_loop + half + exact + unknown + either
 
     found = read(products, (3, 4), (4, 4), mesh=abstract_mesh(1, 1))
     one = 2 * 3 * 4 * 4
@@ -53,13 +56,15 @@ def test_collectives_by_hand():
         b = jax.lax.all_to_all(a, "host", split_axis=0, concat_axis=0, tiled=True)
         c = jax.lax.all_gather(a, "chip")
         d = jax.lax.psum_scatter(a, ("host", "chip"), tiled=True)
-        return jax.lax.psum(jnp.sum(b) + jnp.sum(c), ("host", "chip")) + jax.lax.pmax(d, "chip")
+        c = jax.lax.fori_loop(0, 2, lambda _, x: jax.lax.pmin(x, "host"), jnp.sum(c))
+        return jax.lax.psum(jnp.sum(b) + c, ("host", "chip")) + jax.lax.pmax(d, "chip")
 
     found = read(sends, (8, 2), mesh=abstract_mesh(2, 4)).collectives
     assert [(each.kind, each.result_bytes, each.group) for each in found] == [
         ("all-to-all", 64, (0, 4)),
         ("all-gather", 4 * 64, (0, 1, 2, 3)),
         ("reduce-scatter", 8, tuple(range(8))),
+        *(2 * [("all-reduce", 4, (0, 4))]),
         ("all-reduce", 4, tuple(range(8))),
         ("all-reduce", 8, (0, 1, 2, 3)),
     ]
@@ -133,10 +138,14 @@ def with_rows(config, num_rows):
     return dataclasses.replace(config, features=features)
 
 
+def with_encoder(config, encoder):
+    tower = dataclasses.replace(config.model.user_tower, encoder=encoder)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, user_tower=tower))
+
+
 def test_what_a_device_sends_follows_its_batch_alone(config, small_store):
     """Neither the rows of tables nor, beyond (n - 1) / n, the number of devices."""
-    tower = dataclasses.replace(config.model.user_tower, encoder="mean")  # fast to trace
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, user_tower=tower))
+    config = with_encoder(config, "mean")  # fast to trace
     pipeline, sent = pipeline_lib.Pipeline(config, small_store), {}
     for host, chip, num_rows in ((1, 2, 2_000_000), (1, 8, 8_000_000), (2, 4, 8_000_000)):
         program = step.make_program(
@@ -185,7 +194,5 @@ def test_refused(config, small_store):
         scaling.report(config, small_store, devices=[2048])
     with pytest.raises(ValueError, match=r"--devices=0: must be positive numbers"), _devices("0"):
         benchmark.model_many_devices(config)
-    tower = dataclasses.replace(config.model.user_tower, encoder="mean")
-    model = dataclasses.replace(config.model, user_tower=tower)
     with pytest.raises(ValueError, match=r"encoder='mean': the model of many devices counts the"):
-        scaling.report(dataclasses.replace(config, model=model), small_store, devices=[8])
+        scaling.report(with_encoder(config, "mean"), small_store, devices=[8])
