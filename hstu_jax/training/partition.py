@@ -137,9 +137,16 @@ def place_eval(
     mesh: Mesh,
     *,
     out_specs: Any = SPLIT,
-    state_spec: state_lib.TrainState = STATE_SPEC,
+    state_spec: Any = STATE_SPEC,
 ) -> Callable[..., Any]:
-    """Compiles (state, split arrays) -> arrays for the mesh; nothing is donated."""
+    """Compiles (state, split arrays) -> arrays for the mesh; nothing is donated.
+
+    Args:
+        function: what each device runs.
+        mesh: the devices.
+        out_specs: of the results.
+        state_spec: of the state, or of whatever tree stands in its place.
+    """
     return _place(function, mesh, in_specs=(state_spec, SPLIT), out_specs=out_specs)
 
 

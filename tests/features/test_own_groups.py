@@ -15,12 +15,12 @@ def test_groups_are_those_of_the_whole_batch(small_store, kind, order):
     config = small_config(
         small_store,
         "unused",
-        data__num_groups=4,
+        data__num_groups=8,
         data__ablation=kind,
     )
     split = {"shuffled": "train", "stored": "test"}[order]
     whole = pipeline.Pipeline(config, small_store, split=split, order=order)
-    parts = ((0,), (1, 3), (2,))
+    parts = ((0, 7), (1, 3, 4), (2, 5, 6))
     own = [
         pipeline.Pipeline(config, small_store, split=split, order=order, groups=groups)
         for groups in parts

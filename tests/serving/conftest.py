@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest

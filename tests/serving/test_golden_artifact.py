@@ -8,7 +8,8 @@ from tests.serving import record_golden_artifact as recorded
 
 def test_an_old_export_opens_and_gives_its_vectors():
     opened = artifact.load(recorded.FOLDER)
-    expected = np.load(recorded.FOLDER.parent / "golden_artifact_vectors.npz")
+    with np.load(recorded.FOLDER.parent / "golden_artifact_vectors.npz") as file:
+        expected = dict(file)
     # Other versions of XLA sum in another order.
     np.testing.assert_allclose(
         opened.embed_users(recorded.users()), expected["users"], rtol=0, atol=1e-5

@@ -230,7 +230,7 @@ def test_the_http_endpoint_answers(rows, export_dir):
             described = json.load(answer)
         assert described["model_version"] == opened.manifest.model_version
         table = pq.read_table(f"{rows}/test").slice(0, 2).select(list(described["user_inputs"]))
-        request = {"columns": table.to_pydict(), "k": 5, "exclude_seen": True}
+        request = {"columns": table.to_pydict(), "k": 60, "exclude_seen": True}
 
         def post(content, path="/top_k"):
             body = json.dumps(content).encode()
@@ -238,7 +238,7 @@ def test_the_http_endpoint_answers(rows, export_dir):
                 return json.load(answer)
 
         found = post(request)
-        assert [len(items) for items in found["item_ids"]] == [5, 5]
+        assert [len(items) for items in found["item_ids"]] == [60, 60]
         assert not set(found["item_ids"][0]) & set(table[HISTORY][0].as_py())
         assert post({**request, "exclude_seen": False})["item_ids"] != found["item_ids"]
         for content, path, status in (
