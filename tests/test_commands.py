@@ -49,8 +49,8 @@ WRONG_CALLS = (
 )
 # What `python -m hstu_jax.train` does, for every call in a process that has its imports already.
 _FORKED = """
-import json, os, sys
-from hstu_jax import cli, train
+import json, os, runpy, sys
+from hstu_jax import train  # its modules, before the forks
 
 folder, calls = sys.argv[1:]
 for number, arguments in enumerate(json.loads(calls)):
@@ -59,8 +59,9 @@ for number, arguments in enumerate(json.loads(calls)):
         file = os.open(f"{folder}/{number}", os.O_CREAT | os.O_WRONLY)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.argv = ["train", *arguments]
-        cli.run_main(train.main)
-        sys.exit("run_main came back")
+        del sys.modules["hstu_jax.train"]
+        runpy.run_module("hstu_jax.train", run_name="__main__")
+        sys.exit("the command came back")
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 

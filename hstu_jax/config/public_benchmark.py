@@ -119,7 +119,7 @@ def _model(c, benchmark: Benchmark) -> None:
     stu.hidden_dim, stu.attention_dim = benchmark.head_width, benchmark.head_width
     stu.output_dropout_ratio = benchmark.dropout
     stu.attn_alpha = 1.0  # the paper does not scale the logits
-    # So small a model has the memory to keep what the reference's defaults compute twice.
+    # Models 50 wide have the memory to keep what the reference's defaults compute twice.
     stu.recompute_normed_x = stu.recompute_uvqk = stu.recompute_y = False
     stu.use_silu_qkv, stu.use_position_bias = True, True
     stu.use_time_bias = benchmark.has_times

@@ -30,7 +30,7 @@ class QuerySoftmax:
     Attributes:
         loss_sum: [] sum of (weighted) losses of the queries in use; the only field with a gradient.
         positive_scores: [G, Q] <query, positive> / temperature, no correction; 0 where masked.
-        num_ahead: [G, Q] negatives that do not score below the positive.
+        num_ahead: [G, Q] negatives that do not score below the positive; anything where masked.
     """
 
     loss_sum: Any

@@ -78,11 +78,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         | dict(use_silu_qkv=True, use_position_bias=True, use_time_bias=True, time_bias_query="own")
         | dict(num_time_bias_buckets=64, use_gate=False),
         "contextual_len": 0,
+        "dropout": True,
     },
     "sasrec, own steps": {
         "encoder": "sasrec",
         "next_item": _OWN_TIME,
         "sasrec": {"num_heads": 1, "ffn_dim": 12},
+        "dropout": True,
     },
     "sasrec, one block": {
         "encoder": "sasrec",

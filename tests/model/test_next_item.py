@@ -192,7 +192,7 @@ _NOT_HERE = {
     "user_tower.input": "has one value",
     "user_tower.max_seq_len": "divides attention as scaling_seqlen does, and cuts rows in packing",
     "user_tower.hstu.input_dropout_ratio": "with and without a key: the first case has one",
-    "user_tower.sasrec.dropout_ratio": "the same",
+    "user_tower.sasrec.dropout_ratio": "the same: 'sasrec, own steps'",
     "user_tower.hstu.stu.output_dropout_ratio": "the same",
     "user_tower.hstu.stu.embedding_dim": "a width",
     "user_tower.hstu.stu.num_heads": "a width",
