@@ -98,9 +98,7 @@ def _linear_attention(q, k, v, *, alpha, **options):
 
 def _silu_on_values(self, projected, names):
     parts = _SPLIT(self, projected, names)
-    return [
-        jax.nn.silu(part) if name == "v" else part for part, name in zip(parts, names, strict=True)
-    ]
+    return {name: jax.nn.silu(part) if name == "v" else part for name, part in parts.items()}
 
 
 def _reciprocal_buckets(gap_s, *, num_time_buckets, increments, fn):
