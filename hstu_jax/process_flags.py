@@ -7,6 +7,7 @@ Under a launcher that is known (`--launcher`, in `cli.py`) none of them is neede
 """
 
 import os
+from collections.abc import Mapping
 
 from absl import flags
 
@@ -35,11 +36,12 @@ _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
 )
 
 
-def start(config: schema.Config) -> None:
+def start(config: schema.Config, *, options: Mapping[str, object] | None = None) -> None:
     """Meets the other processes of this run, if there are any, and checks that all are alike.
 
     Args:
         config: this process's; must be the same in all.
+        options: flag -> value of the command's own flags; must be the same in all too.
 
     Raises:
         ValueError: flags that do not fit together, processes that cannot meet, or that differ.
@@ -49,7 +51,7 @@ def start(config: schema.Config) -> None:
         "--num_processes": _NUM_PROCESSES.value,
         "--process_id": _PROCESS_ID.value,
     }
-    options = dict(
+    timeouts = dict(
         initialization_timeout_s=_INITIALIZATION_TIMEOUT_S.value,
         heartbeat_timeout_s=_HEARTBEAT_TIMEOUT_S.value,
     )
@@ -61,14 +63,15 @@ def start(config: schema.Config) -> None:
             coordinator_address=_ADDRESS.value,
             num_processes=_NUM_PROCESSES.value,
             process_id=_PROCESS_ID.value,
-            **options,
+            **timeouts,
         )
-    elif not _start_by_launcher(options):
+    elif not _start_by_launcher(timeouts):
         return
     # Hosts may have their copies of the data in different places; its contents are compared later.
     lines = resolve.to_text(config).splitlines()
     text = "\n".join(line for line in lines if not line.startswith("data.path = "))
-    processes.agree("start", {**processes.versions(), "configuration": text})
+    own = {name: str(value) for name, value in (options or {}).items()}
+    processes.agree("start", {**processes.versions(), **own, "configuration": text})
 
 
 def _check_flags(given: dict[str, str | int | None]) -> None:
@@ -92,7 +95,7 @@ def _check_flags(given: dict[str, str | int | None]) -> None:
         )
 
 
-def _start_by_launcher(options: dict[str, int]) -> bool:
+def _start_by_launcher(timeouts: dict[str, int]) -> bool:
     """Lets JAX ask the launcher, if there is one; returns whether it did."""
     if cli.LAUNCHER.value == "none":
         return False
@@ -100,5 +103,5 @@ def _start_by_launcher(options: dict[str, int]) -> bool:
     if cli.LAUNCHER.value == "auto" and launcher is None:
         return False
     devices = launcher.local_device_ids if launcher else None
-    processes.start(local_device_ids=devices, **options)
+    processes.start(local_device_ids=devices, **timeouts)
     return True

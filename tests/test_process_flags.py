@@ -5,7 +5,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from configs import kuairand
-from hstu_jax import cli, process_flags
+from hstu_jax import cli, evaluate, process_flags
 from hstu_jax.config import resolve
 from hstu_jax.training import processes
 from tests.test_launchers import SLURM
@@ -75,6 +75,17 @@ def test_flags_and_launchers_reach_jax(started, monkeypatch):
     with flagsaver.flagsaver(launcher="jax"):
         process_flags.start(CONFIG)
     assert started.pop()["local_device_ids"] is None
+
+
+def test_the_processes_of_evaluate_must_have_the_same_flags(started, monkeypatch):
+    agreed = {}
+    monkeypatch.setattr(processes, "agree", lambda topic, values: agreed.update(values))
+    values = {"coordinator_address": "host:9", "num_processes": 2, "process_id": 1}
+    with flagsaver.flagsaver(**values, checkpoint="best", groups=True):
+        evaluate.start_processes(CONFIG)
+    assert len(started) == 1
+    assert (agreed["--checkpoint"], agreed["--groups"]) == ("best", "True")
+    assert {"--ranks", "--output", "configuration", "version of jax"} <= agreed.keys()
 
 
 def test_commands_of_one_process_refuse_a_launcher_of_many(monkeypatch):

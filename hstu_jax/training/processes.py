@@ -209,10 +209,7 @@ def check_shared(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
     wait_for_all("mark")
-    deadline = time.monotonic() + _MARK_S
-    while not mark.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    seen = exchange("is seen", "yes" if mark.exists() else socket.gethostname())
+    seen = exchange("is seen", "yes" if comes_into_sight(mark) else socket.gethostname())
     if is_first():
         mark.unlink()
     missing = [f"{number} ({host})" for number, host in enumerate(seen) if host != "yes"]
@@ -221,6 +218,16 @@ def check_shared(folder: pathlib.Path) -> None:
             f"workdir={str(folder)!r}: process {', '.join(missing[:5])} does not see what the "
             "first one wrote there; checkpoints need a folder that all hosts share."
         )
+
+
+def comes_into_sight(path: pathlib.Path) -> bool:
+    """Waits a while for what another process has written; returns whether it is there."""
+    deadline = time.monotonic() + _MARK_S
+    while not path.exists():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def difference(name: str, texts: Sequence[str], hosts: Sequence[str]) -> list[str]:
