@@ -7,6 +7,7 @@ Under a launcher that is known (`--launcher`, in `cli.py`) none of them is neede
 """
 
 import os
+import sys
 from collections.abc import Mapping
 
 from absl import flags
@@ -102,6 +103,25 @@ def _start_by_launcher(timeouts: dict[str, int]) -> bool:
     launcher = launchers.find(os.environ)
     if cli.LAUNCHER.value == "auto" and launcher is None:
         return False
-    devices = launcher.local_device_ids if launcher else None
-    processes.start(local_device_ids=devices, **timeouts)
+    if launcher is None:
+        processes.start(local_device_ids=None, **timeouts)
+        return True
+    if cli.LAUNCHER.value == "auto" and not launcher.is_found_by_jax:
+        raise ValueError(
+            f"--launcher=auto: {launcher.name} started {launcher.num_processes} processes and does "
+            "not say where the first one is (it is version 5 or later); start them with `mpirun "
+            "... sh -c 'exec python -m hstu_jax.train ... --coordinator_address=HOST:PORT "
+            f"--num_processes={launcher.num_processes} --process_id=$OMPI_COMM_WORLD_RANK'`, where "
+            "HOST is that of rank 0 with a free port, or give --launcher=none for runs of their "
+            "own."
+        )
+    processes.start(local_device_ids=launcher.local_device_ids, **timeouts)
+    if launcher.unused_gpus and processes.is_first():
+        print(
+            f"WARNING: {launcher.unused_gpus} GPUs of this host are UNUSED: every process takes "
+            "one. Start one process a host, which takes all, or one process a GPU, or let each see "
+            "its own by CUDA_VISIBLE_DEVICES (srun --gpus-per-task).",
+            file=sys.stderr,
+            flush=True,
+        )
     return True
