@@ -60,13 +60,14 @@ def start(config: schema.Config, *, options: Mapping[str, object] | None = None)
         _check_flags(given)
         if _NUM_PROCESSES.value == 1:
             return
+        _refuse_simulated_devices(config)
         processes.start(
             coordinator_address=_ADDRESS.value,
             num_processes=_NUM_PROCESSES.value,
             process_id=_PROCESS_ID.value,
             **timeouts,
         )
-    elif not _start_by_launcher(timeouts):
+    elif not _start_by_launcher(config, timeouts):
         return
     # Hosts may have their copies of the data in different places; its contents are compared later.
     lines = resolve.to_text(config).splitlines()
@@ -96,13 +97,23 @@ def _check_flags(given: dict[str, str | int | None]) -> None:
         )
 
 
-def _start_by_launcher(timeouts: dict[str, int]) -> bool:
+def _refuse_simulated_devices(config: schema.Config) -> None:
+    count = config.train.dry_run_devices
+    if count:
+        raise ValueError(
+            f"train.dry_run_devices={count}: simulates all devices in one process; start one, "
+            "without --num_processes, and with --launcher=none under a launcher of several."
+        )
+
+
+def _start_by_launcher(config: schema.Config, timeouts: dict[str, int]) -> bool:
     """Lets JAX ask the launcher, if there is one; returns whether it did."""
     if cli.LAUNCHER.value == "none":
         return False
     launcher = launchers.find(os.environ)
     if cli.LAUNCHER.value == "auto" and launcher is None:
         return False
+    _refuse_simulated_devices(config)
     if launcher is None:
         processes.start(local_device_ids=None, **timeouts)
         return True

@@ -91,6 +91,21 @@ def test_open_mpi_5_is_given_the_flags(started, monkeypatch):
     assert started.pop()["process_id"] == 1
 
 
+def test_several_processes_simulate_no_devices(started, monkeypatch):
+    raw = kuairand.get_config("sample")
+    raw.train.dry_run, raw.train.dry_run_devices = True, 4
+    config = resolve.resolve(raw)
+    message = r"train\.dry_run_devices=4: simulates all devices in one process; start one"
+    values = {"coordinator_address": "host:9", "num_processes": 2, "process_id": 1}
+    with flagsaver.flagsaver(**values), pytest.raises(ValueError, match=message):
+        process_flags.start(config)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        process_flags.start(config)
+    assert started == []
+
+
 def test_gpus_that_no_process_takes_are_told_of(started, monkeypatch, capsys):
     two_of_eight = {"SLURM_STEP_TASKS_PER_NODE": "2(x8)", "SLURM_GPUS_ON_NODE": "8"}
     for name, value in {**SLURM, **two_of_eight}.items():
