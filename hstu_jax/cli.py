@@ -27,10 +27,10 @@ LAUNCHER = flags.DEFINE_enum(
     "launcher",
     "auto",
     ["auto", "none", "jax"],
-    "Who started this process among others. auto: SLURM (srun), Open MPI, an indexed Job of "
-    "Kubernetes or the TPU hosts of GKE, where one of them did; none: it runs alone, whatever "
-    "started it; jax: whatever jax.distributed.initialize() finds, e.g. a TPU pod of Compute "
-    "Engine.",
+    "Who started this process among others. auto: SLURM (srun), Open MPI or the TPU hosts of GKE, "
+    "where one of them did; none: it runs alone, whatever started it; jax: whatever "
+    "jax.distributed.initialize() finds, e.g. a TPU pod of Compute Engine or an indexed Job of "
+    "Kubernetes.",
 )
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", _CACHE, "Folder of compiled programs; '' keeps none."
@@ -205,12 +205,8 @@ def refuse_launcher() -> None:
     launcher = launchers.find(os.environ) if LAUNCHER.value == "auto" else None
     if LAUNCHER.value == "jax":
         raise ValueError("--launcher=jax: this command runs in one process; leave it out.")
-    if launcher is not None and launcher.num_processes > 1:
-        raise ValueError(
-            f"--launcher=auto: {launcher.name} started {launcher.num_processes} processes of this "
-            f"command, which runs in one; start it with {launcher.one_process}, or give "
-            "--launcher=none if each writes files of its own."
-        )
+    if launcher is not None:
+        raise ValueError(launcher.alone())
 
 
 def simulate_devices(count: int) -> None:

@@ -40,6 +40,13 @@ def main(config: schema.Config) -> None:
         print(f"figures   {_OUTPUT.value}")
 
 
+def start_processes(config: schema.Config) -> None:
+    """Meets the other processes, which must evaluate the same checkpoint."""
+    flags_here = (_CHECKPOINT, _GROUPS, _RANKS, _OUTPUT)
+    options = {f"--{flag.name}": flag.value for flag in flags_here}
+    process_flags.start(config, options=options)
+
+
 def checkpoint_step(text: str) -> int | Literal["best"] | None:
     """What `loop.restore` calls the checkpoint of the flag.
 
@@ -54,4 +61,4 @@ def checkpoint_step(text: str) -> int | Literal["best"] | None:
 
 
 if __name__ == "__main__":
-    cli.run_main(main, start_processes=process_flags.start)
+    cli.run_main(main, start_processes=start_processes)

@@ -8,6 +8,7 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
+from hstu_jax import launchers
 from hstu_jax.serving import command_line, hitrate
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_rows", type=int, default=defaults.batch_rows)
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--picture", help="SVG file to write")
-    flags = parser.parse_args(argv)
+    flags = launchers.parse_alone(parser, argv)
     options = hitrate.HitrateOptions(
         cutoffs=_numbers(flags.cutoffs) or defaults.cutoffs,
         positives_column=flags.positives_column,

@@ -7,6 +7,7 @@ Rows are parquet, users as list columns, items with bare names (`video_id`). The
 import argparse
 from collections.abc import Sequence
 
+from hstu_jax import launchers
 from hstu_jax.serving import command_line, prediction
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command_line.add_parts_flags(
         parser, part_rows=defaults.part_rows, batch_rows=defaults.batch_rows
     )
-    flags = parser.parse_args(argv)
+    flags = launchers.parse_alone(parser, argv)
     options = prediction.PredictOptions(
         tower=flags.tower,
         reserved_columns=flags.reserved_columns,

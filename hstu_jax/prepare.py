@@ -10,6 +10,7 @@ imported, so the command starts at once.
 import argparse
 from collections.abc import Sequence
 
+from hstu_jax import launchers
 from hstu_jax.data import (
     event_store,
     hard_edges,
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from_store.add_argument("--out_dir", required=True, help="folder to make")
     from_store.add_argument("--delimited", action="store_true", help="strings in place of lists")
     from_store.add_argument("--max_history", type=int, default=0, help="newest entries; 0 = all")
-    flags = parser.parse_args(argv)
+    flags = launchers.parse_alone(parser, argv)
     try:
         if flags.command in _OWN_FLAGS:
             _OWN_FLAGS[flags.command](flags)

@@ -7,6 +7,8 @@ Under a launcher that is known (`--launcher`, in `cli.py`) none of them is neede
 """
 
 import os
+import sys
+from collections.abc import Mapping
 
 from absl import flags
 
@@ -35,11 +37,12 @@ _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
 )
 
 
-def start(config: schema.Config) -> None:
+def start(config: schema.Config, *, options: Mapping[str, object] | None = None) -> None:
     """Meets the other processes of this run, if there are any, and checks that all are alike.
 
     Args:
         config: this process's; must be the same in all.
+        options: flag -> value of the command's own flags; must be the same in all too.
 
     Raises:
         ValueError: flags that do not fit together, processes that cannot meet, or that differ.
@@ -49,7 +52,7 @@ def start(config: schema.Config) -> None:
         "--num_processes": _NUM_PROCESSES.value,
         "--process_id": _PROCESS_ID.value,
     }
-    options = dict(
+    timeouts = dict(
         initialization_timeout_s=_INITIALIZATION_TIMEOUT_S.value,
         heartbeat_timeout_s=_HEARTBEAT_TIMEOUT_S.value,
     )
@@ -57,18 +60,20 @@ def start(config: schema.Config) -> None:
         _check_flags(given)
         if _NUM_PROCESSES.value == 1:
             return
+        _refuse_simulated_devices(config)
         processes.start(
             coordinator_address=_ADDRESS.value,
             num_processes=_NUM_PROCESSES.value,
             process_id=_PROCESS_ID.value,
-            **options,
+            **timeouts,
         )
-    elif not _start_by_launcher(options):
+    elif not _start_by_launcher(config, timeouts):
         return
     # Hosts may have their copies of the data in different places; its contents are compared later.
     lines = resolve.to_text(config).splitlines()
     text = "\n".join(line for line in lines if not line.startswith("data.path = "))
-    processes.agree("start", {**processes.versions(), "configuration": text})
+    own = {name: str(value) for name, value in (options or {}).items()}
+    processes.agree("start", {**processes.versions(), **own, "configuration": text})
 
 
 def _check_flags(given: dict[str, str | int | None]) -> None:
@@ -92,13 +97,42 @@ def _check_flags(given: dict[str, str | int | None]) -> None:
         )
 
 
-def _start_by_launcher(options: dict[str, int]) -> bool:
+def _refuse_simulated_devices(config: schema.Config) -> None:
+    count = config.train.dry_run_devices
+    if count:
+        raise ValueError(
+            f"train.dry_run_devices={count}: simulates all devices in one process; start one, "
+            "without --num_processes, and with --launcher=none under a launcher of several."
+        )
+
+
+def _start_by_launcher(config: schema.Config, timeouts: dict[str, int]) -> bool:
     """Lets JAX ask the launcher, if there is one; returns whether it did."""
     if cli.LAUNCHER.value == "none":
         return False
     launcher = launchers.find(os.environ)
     if cli.LAUNCHER.value == "auto" and launcher is None:
         return False
-    devices = launcher.local_device_ids if launcher else None
-    processes.start(local_device_ids=devices, **options)
+    _refuse_simulated_devices(config)
+    if launcher is None:
+        processes.start(local_device_ids=None, **timeouts)
+        return True
+    if cli.LAUNCHER.value == "auto" and not launcher.is_found_by_jax:
+        raise ValueError(
+            f"--launcher=auto: {launcher.name} started {launcher.num_processes} processes and does "
+            "not say where the first one is (it is version 5 or later); start them with `mpirun "
+            "... sh -c 'exec python -m hstu_jax.train ... --coordinator_address=HOST:PORT "
+            f"--num_processes={launcher.num_processes} --process_id=$OMPI_COMM_WORLD_RANK'`, where "
+            "HOST is that of rank 0 with a free port, or give --launcher=none for runs of their "
+            "own."
+        )
+    processes.start(local_device_ids=launcher.local_device_ids, **timeouts)
+    if launcher.unused_gpus and processes.is_first():
+        print(
+            f"WARNING: {launcher.unused_gpus} GPUs of this host are UNUSED: every process takes "
+            "one. Start one process a host, which takes all, or one process a GPU, or let each see "
+            "its own by CUDA_VISIBLE_DEVICES (srun --gpus-per-task).",
+            file=sys.stderr,
+            flush=True,
+        )
     return True

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from hstu_jax import launchers
 from hstu_jax.metrics import ranking
 from hstu_jax.training import rank_files
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--metrics", nargs="+", default=_METRICS, help="name@k, or mrr")
     parser.add_argument("--num_bootstrap", type=int, default=1000)
-    flags = parser.parse_args(argv)
+    flags = launchers.parse_alone(parser, argv)
     try:
         print(_report(flags))
     except (ValueError, FileNotFoundError) as error:

@@ -7,6 +7,7 @@ docs/serving.md says what is in the output, how a run goes on after a stop, and 
 import argparse
 from collections.abc import Sequence
 
+from hstu_jax import launchers
 from hstu_jax.serving import command_line, retrieval
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command_line.add_parts_flags(
         parser, part_rows=defaults.part_rows, batch_rows=defaults.batch_rows
     )
-    flags = parser.parse_args(argv)
+    flags = launchers.parse_alone(parser, argv)
     options = retrieval.RetrieveOptions(
         k=flags.k,
         exclude_seen=flags.exclude_seen,

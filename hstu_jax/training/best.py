@@ -1,5 +1,6 @@
 """The best state so far by a validation metric, in `<workdir>/best` beside the newest ones."""
 
+from hstu_jax.training import choice
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 
@@ -16,7 +17,7 @@ class BestCheckpoint:
     def __init__(self, run: run_lib.Run):
         self._run, self._config = run, run.config.train.keep_best
         self._checkpointer = run.checkpointer(folder="best")
-        step = self._checkpointer.latest_step()
+        step = choice.newest(self._checkpointer)
         self._value = None
         if step is not None:
             self._value = self._checkpointer.read_record(step).metric_value

@@ -87,6 +87,15 @@ class Checkpointer:
             },
         )
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where they are."""
+        return self._folder
+
+    def reload(self) -> None:
+        """Lists the folder again: steps are otherwise those of the start and one's own."""
+        self._manager.reload()
+
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()

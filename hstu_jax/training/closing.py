@@ -18,7 +18,7 @@ from hstu_jax.config import schema
 from hstu_jax.data import event_store, sample_oracle
 from hstu_jax.metrics import catalogue, ranking
 from hstu_jax.model import match
-from hstu_jax.training import counting, evaluation, loop, optimizer, processes, rank_files
+from hstu_jax.training import choice, counting, evaluation, loop, optimizer, processes, rank_files
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
 
@@ -157,7 +157,7 @@ def evaluate_beside_baselines(
     if beside_best and run.config.train.keep_best.metric:
         try:
             best = loop.restore_state(run, step="best")
-        except FileNotFoundError:
+        except choice.NoCheckpoint:
             notes.append(f"{encoder} best: not shown, {run.workdir} holds no validated state yet")
         else:
             rows[f"{encoder} best"] = evaluation.evaluate(run, best, eval_set)
@@ -201,7 +201,7 @@ def _mean_pooling(
     if not may_train:
         try:
             return loop.restore(baseline, run.store, step=step, devices=devices)
-        except FileNotFoundError:
+        except choice.NoCheckpoint:
             return f"mean: not shown, {baseline.workdir} has no checkpoint of step {step}"
     echo("baseline  mean pooling: the same towers, data, steps and learning rates")
     return loop.fit(

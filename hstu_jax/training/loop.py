@@ -18,6 +18,7 @@ from hstu_jax.features import prefetch
 from hstu_jax.training import (
     best,
     checkpoint,
+    choice,
     counting,
     evaluation,
     log_window,
@@ -87,7 +88,7 @@ def fit(
     processes.check_shared(run.workdir)
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(contextlib.closing(run.checkpointer()))
-        latest = checkpointer.latest_step()
+        latest = choice.newest(checkpointer)
         # To go on takes shapes only: a first state beside the restored one would double the memory.
         state = run_lib.init_state(run) if latest is None else run_lib.abstract_state(run)
         echo(run_lib.describe(run, state))
@@ -135,7 +136,7 @@ def restore(
         devices: devices of the mesh; None takes all.
 
     Raises:
-        FileNotFoundError: the workdir holds no such checkpoint.
+        choice.NoCheckpoint: the workdir holds no such checkpoint; a FileNotFoundError.
         ValueError: it was written with another configuration or other data.
     """
     run = run_lib.build_run(config, store, devices=devices)
@@ -154,25 +155,16 @@ def restore_state(
         step: as for `restore`.
 
     Raises:
-        FileNotFoundError: as for `restore`.
+        choice.NoCheckpoint: as for `restore`.
         ValueError: same.
     """
     kind = "best" if step == "best" else "checkpoints"
-    folder = run.workdir / kind
-    if not folder.is_dir():
-        how = ", with train.keep_best.metric set" if kind == "best" else ""
-        raise FileNotFoundError(
-            f"{folder}: no such folder; train first with `python -m hstu_jax.train "
-            f"--config=...`{how}."
-        )
+    step = choice.to_read(run, kind=kind, step=None if step == "best" else step)
     checkpointer = run.checkpointer(read_only=True, folder=kind)
     try:
-        steps = checkpointer.all_steps()
-        step = max(steps, default=None) if step in (None, "best") else step
-        if step not in steps:
-            raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {steps}.")
         saved = checkpointer.read_record(step)
-        checkpoint.check_resumable(saved, run.record(), where=str(folder / str(step)))
+        where = str(run.workdir / kind / str(step))
+        checkpoint.check_resumable(saved, run.record(), where=where)
         return checkpointer.restore(step, run_lib.abstract_state(run))
     finally:
         checkpointer.close()

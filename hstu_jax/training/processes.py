@@ -27,6 +27,7 @@ from jax._src import distributed  # JAX has no public name for the key-value sto
 _POLL_S = 1.0  # how often a process looks whether another one has stopped
 _FAREWELL_S = 5.0  # how long the first process stays, so that the others can read why
 _MARK_S = 30.0  # network file systems show a new file late
+_MAX_SILENT = 5  # answers of the store that may fail in a row before nobody is watched
 _FAILED = "hstu_jax/failed/"
 _ANSWER_MS = 5_000  # a wait for a key is cut into pieces, so that Ctrl-C is heard
 
@@ -209,10 +210,7 @@ def check_shared(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
     wait_for_all("mark")
-    deadline = time.monotonic() + _MARK_S
-    while not mark.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    seen = exchange("is seen", "yes" if mark.exists() else socket.gethostname())
+    seen = exchange("is seen", "yes" if comes_into_sight(mark) else socket.gethostname())
     if is_first():
         mark.unlink()
     missing = [f"{number} ({host})" for number, host in enumerate(seen) if host != "yes"]
@@ -221,6 +219,16 @@ def check_shared(folder: pathlib.Path) -> None:
             f"workdir={str(folder)!r}: process {', '.join(missing[:5])} does not see what the "
             "first one wrote there; checkpoints need a folder that all hosts share."
         )
+
+
+def comes_into_sight(path: pathlib.Path) -> bool:
+    """Waits a while for what another process has written; returns whether it is there."""
+    deadline = time.monotonic() + _MARK_S
+    while not path.exists():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def difference(name: str, texts: Sequence[str], hosts: Sequence[str]) -> list[str]:
@@ -283,7 +291,8 @@ def ending_together(explain: Callable[[Exception], str | None]) -> Iterator[None
         if message is None:
             traceback.print_exc()
             message = f"{type(error).__name__}: {error}"
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        is_own = "RESOURCE_EXHAUSTED" in str(error)  # out of memory: no other one's doing
+        if isinstance(error, jax.errors.JaxRuntimeError) and not is_own:
             # A collective fails when another process has ended. Whoever knows which ends this one
             # meanwhile: the thread below, or JAX, which names processes that are silent.
             print("error: waiting to hear whether another process is lost", file=sys.stderr)
@@ -312,11 +321,16 @@ def _give_up(message: str) -> None:
 def _end_with_the_others() -> None:
     """Body of the thread that ends this process when another one has failed."""
     client, mine = distributed.global_state.client, f"{_FAILED}{index()}"
+    silent = 0
     while not _is_over.wait(_POLL_S):
         try:
             failed = client.key_value_dir_get(_FAILED)
-        except Exception:  # noqa: BLE001 - the coordinator is gone; JAX's own thread ends us
-            return
+        except Exception:  # noqa: BLE001 - late, or gone: then JAX's own thread ends us
+            silent += 1
+            if silent == _MAX_SILENT:
+                return
+            continue
+        silent = 0
         causes = [text for key, text in failed if not key.endswith(mine) and text]
         if causes and not any(key.endswith(mine) for key, _ in failed):
             print(f"error: {causes[0]}", file=sys.stderr)

@@ -53,7 +53,7 @@ def assert_same_figures(got, wanted, *, rtol=1e-6):
 
 
 def kill_in_the_middle(store, workdir, folder, *, num_devices=1):
-    """Two processes that are killed when five steps are logged; returns the last step logged."""
+    """Two processes that are killed when five steps are logged; the last step logged and saved."""
     endless = ("--config.train.num_steps=100000",)
     with processes.running(
         *command(store, workdir, *endless),
@@ -68,22 +68,41 @@ def kill_in_the_middle(store, workdir, folder, *, num_devices=1):
         assert two.wait(10) == [-signal.SIGKILL] * 2
         first, second = two.texts()
     assert "step      3/" in first and "step      3/" not in second  # printed once
-    return logged(workdir)[-1][0]
+    saved = [
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
+    ]
+    assert saved
+    return logged(workdir)[-1][0], max(saved)
+
+
+def closing_figures(result):
+    """The table of evaluation of a run, as `train` writes it."""
+    table = closing.evaluate_beside_baselines(result.run, result.state, train_mean=False, echo=str)
+    return table.figures()
+
+
+def assert_same_tables(got, wanted):
+    assert list(got) == list(wanted) != []
+    for name, figures in wanted.items():
+        assert got[name].keys() == figures.keys()
+        for metric, value in figures.items():
+            np.testing.assert_allclose(got[name][metric], value, rtol=1e-5, err_msg=metric)
 
 
 def test_two_killed_processes_go_on_in_one(small_store, tmp_path):
-    last = kill_in_the_middle(small_store, tmp_path / "stopped", tmp_path / "printed")
+    last, saved = kill_in_the_middle(small_store, tmp_path / "stopped", tmp_path / "printed")
     steps = {"train__num_steps": last + 4}
     one = dict(devices=jax.devices()[:1], echo=str)
     config = config_of(small_store, tmp_path / "stopped", **steps)
     lines = []
-    loop.fit(config, small_store, devices=jax.devices()[:1], echo=lines.append)
-    assert any(line.startswith("resumed   from") for line in lines)
+    resumed = loop.fit(config, small_store, devices=jax.devices()[:1], echo=lines.append)
+    assert f"resumed   from {config.workdir}/checkpoints/{saved}" in lines
     straight = config_of(small_store, tmp_path / "straight", **steps)
-    loop.fit(straight, small_store, **one)
+    straight_result = loop.fit(straight, small_store, **one)
     # Every step is logged once, whoever took it.
     assert [step for step, _ in logged(config.workdir)] == list(range(1, last + 5))
     assert_same_figures(logged(config.workdir), logged(straight.workdir))
+    assert_same_tables(closing_figures(resumed), closing_figures(straight_result))
 
 
 @pytest.mark.long
@@ -134,12 +153,17 @@ def test_two_processes_of_two_devices_train_and_evaluate_like_one(small_store, t
 @pytest.mark.long
 def test_two_killed_processes_go_on_with_four_devices(small_store, tmp_path):
     workdir = tmp_path / "stopped"
-    last = kill_in_the_middle(small_store, workdir, tmp_path / "printed", num_devices=2)
+    last, saved = kill_in_the_middle(small_store, workdir, tmp_path / "printed", num_devices=2)
     steps = f"--config.train.num_steps={last + 4}"
-    devices.run_on_devices(*command(small_store, workdir, steps), num_devices=4, timeout_s=START_S)
+    text = devices.run_on_devices(
+        *command(small_store, workdir, steps), num_devices=4, timeout_s=START_S
+    )
+    assert f"resumed   from {workdir}/checkpoints/{saved}\n" in text
     straight = config_of(small_store, tmp_path / "straight", train__num_steps=last + 4)
-    loop.fit(straight, small_store, devices=jax.devices()[:1], echo=str)
+    result = loop.fit(straight, small_store, devices=jax.devices()[:1], echo=str)
     assert_same_figures(logged(workdir), logged(straight.workdir))
+    written = json.loads((workdir / "closing_test.json").read_text())
+    assert_same_tables(written["figures"], closing_figures(result))
 
 
 @pytest.mark.long
