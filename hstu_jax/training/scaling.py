@@ -18,6 +18,8 @@ from hstu_jax.config import schema
 from hstu_jax.data import event_store
 from hstu_jax.features import pipeline as pipeline_lib
 from hstu_jax.features import sequence_rules
+from hstu_jax.features.batch import BatchShape
+from hstu_jax.losses import query_softmax
 from hstu_jax.training import collectives, partition, schedules, step, traced
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
@@ -123,6 +125,30 @@ def attention_flops(config: schema.Config, *, num_users: int) -> int:
     )
 
 
+def loss_flops(config: schema.Config, *, shape: BatchShape, num_devices: int) -> int:
+    """Operations of a device's loss that its traced step does not show, forward and backward.
+
+    Those of the next-item objective's loop, for batches whose queries are all in use; other losses
+    are in the trace. With shared negatives a device scores its queries against those of all.
+
+    Args:
+        config: of one device, as of `report`.
+        shape: of its batches.
+        num_devices: devices of the mesh.
+    """
+    if config.model.objective != "next_item":
+        return 0
+    groups, queries, negatives = config.data.num_groups, shape.queries, shape.negatives
+    if config.data.negative_sharing == "all":  # as `shared_negatives.share` joins them
+        queries, negatives, groups = groups * queries, num_devices * groups * negatives, 1
+    return config.train.gradient_accumulation_steps * query_softmax.looped_flops(
+        groups=groups,
+        num_queries=queries,
+        num_negatives=negatives,
+        width=config.model.output_dim or config.model.user_tower.hstu.stu.embedding_dim,
+    )
+
+
 def meshes(num_devices: int) -> list[tuple[int, int]]:
     """(host, chip) of a number of devices: one level, and two where there are several hosts.
 
@@ -176,7 +202,8 @@ def report(
             program, pipeline, mesh=mesh, groups_per_device=config.data.num_groups
         )
         if not lines:
-            compute_s, lines = _compute(config, found, shape, rates)
+            hidden = loss_flops(config, shape=shape, num_devices=mesh.size)
+            compute_s, lines = _compute(config, found, hidden, shape, rates)
         rows.append(_row(host, chip, found, compute_s, rates, _state_bytes(state, program, mesh)))
     lines += ["", _HEAD, "|" + "---|" * (_HEAD.count("|") - 1), *rows]
     return "\n".join(lines)
@@ -200,13 +227,16 @@ def _program(config, host, chip):
     return step.make_program(config, run_length=schedules.RunLength(num_steps=1)), mesh
 
 
-def _compute(config, found, shape, rates):
+def _compute(config, found, hidden_flops, shape, rates):
     """Seconds of products and attention of a step, and lines that say how they come about."""
     dtype = "bfloat16" if config.train.mixed_precision else "float32"
     num_users = config.data.num_groups * shape.rows * config.train.gradient_accumulation_steps
+    products = dict(found.products)
+    if hidden_flops:
+        products["float32 exact"] = products.get("float32 exact", 0) + hidden_flops
     work = [
         (f"matrix products in {kind}", count, rates.products[kind])
-        for kind, count in sorted(found.products.items())
+        for kind, count in sorted(products.items())
     ]
     attention = attention_flops(config, num_users=num_users)
     work.append((f"attention in {dtype}", attention, rates.attention[dtype]))

@@ -86,7 +86,9 @@ def read(jaxpr: core.ClosedJaxpr, axis_sizes: Mapping[str, int]) -> Traced:
     """Figures of a traced program.
 
     Products inside `while` loops are left out, since their number is not known: of a training step
-    those are the blocks of attention. Of a `cond`, the branch with most of both counts.
+    those are the blocks of attention and, with the next-item objective, those of the loss
+    (`query_softmax.looped_flops` has their number). Of a `cond`, the branch with most of both
+    counts.
 
     Args:
         jaxpr: the program, of `jax.shard_map` for figures of one device.

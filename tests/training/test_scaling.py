@@ -1,6 +1,7 @@
 """The model of many GPUs: programs read from their trace, by hand, and the table made of them."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -12,6 +13,8 @@ from jax.extend import core
 from hstu_jax import benchmark
 from hstu_jax.config import schema
 from hstu_jax.features import pipeline as pipeline_lib
+from hstu_jax.features.batch import BatchShape
+from hstu_jax.losses import query_softmax
 from hstu_jax.training import collectives, partition, scaling, schedules, step, traced
 from tests.training.small_config import small_config, with_two_tables
 
@@ -49,6 +52,42 @@ def test_products_by_hand():
     found = read(products, (3, 4), (4, 4), mesh=abstract_mesh(1, 1))
     one = 2 * 3 * 4 * 4
     assert found.products == {"float32": 7 * one, "bfloat16": one, "float32 exact": one}
+
+
+@pytest.mark.parametrize(("block_scores", "is_looped"), [(3 * 5, True), (10**6, False)])
+def test_the_products_of_the_next_item_loss(block_scores, is_looped):
+    """In a loop of unknown length the trace shows none of them: then the formula counts them."""
+    groups, queries, negatives, width = 3, 7, 5, 4
+
+    def gradients(query, positive, negative):
+        def loss(query, positive, negative):
+            return query_softmax.query_softmax(
+                query=query,
+                positive=positive,
+                negative=negative,
+                query_mask=jnp.ones((groups, queries), bool),
+                positive_log_q=jnp.zeros((groups, queries)),
+                negative_log_q=jnp.zeros((groups, negatives)),
+                temperature=0.1,
+                log_q_correction=True,
+                block_scores=block_scores,
+            ).loss_sum
+
+        return jax.grad(loss, argnums=(0, 1, 2))(query, positive, negative)
+
+    shapes = [(groups, count, width) for count in (queries, queries, negatives)]
+    found = read(gradients, *shapes, mesh=abstract_mesh(1, 1)).products
+    hidden = query_softmax.looped_flops(
+        groups=groups,
+        num_queries=queries,
+        num_negatives=negatives,
+        width=width,
+        block_scores=block_scores,
+    )
+    all_products = 3 * 2 * groups * queries * negatives * width
+    assert hidden == (all_products if is_looped else 0)
+    own_scores = 0 if is_looped else 2 * groups * queries * width  # with the positives
+    assert found.get("float32 exact", 0) + hidden == all_products + own_scores
 
 
 def test_collectives_by_hand():
@@ -136,6 +175,31 @@ def with_rows(config, num_rows):
         for name, each in config.features.items()
     }
     return dataclasses.replace(config, features=features)
+
+
+def with_next_item(config, *, is_shared=False, **data):
+    if is_shared:
+        sampler = dataclasses.replace(config.data.negative_sampler, exclusion="query")
+        data |= dict(negative_sharing="all", negative_sampler=sampler)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, objective="next_item"),
+        data=dataclasses.replace(config.data, **data),
+    )
+
+
+def test_the_loss_that_a_trace_does_not_show(config):
+    shape = BatchShape(
+        groups=2, rows=1, row_len=48, users=9, queries=3000, negatives=500, block_len=16
+    )
+    found = functools.partial(scaling.loss_flops, shape=shape, num_devices=4)
+    assert found(config) == 0  # of the window objective everything is in the trace
+    two = with_next_item(config, num_groups=2)
+    assert found(two) == 6 * 2 * 3000 * 500 * 16
+    train = dataclasses.replace(two.train, gradient_accumulation_steps=3)
+    assert found(dataclasses.replace(two, train=train)) == 3 * found(two)
+    shared = with_next_item(config, num_groups=2, is_shared=True)
+    assert found(shared) == 4 * 2 * found(two)  # 2 groups on each of 4 devices
 
 
 def with_encoder(config, encoder):
