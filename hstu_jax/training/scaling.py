@@ -194,17 +194,20 @@ def report(
     pipeline = pipeline_lib.Pipeline(config, store)
     shape = max(pipeline.shapes, key=lambda shape: shape.rows * shape.row_len)
     state = run_lib.state_shapes(config)
-    lines, rows, compute_s = [], [], 0.0
+    lines, rows, computed = [], [], []
     for host, chip in sizes:
         program, mesh = _program(config, host, chip)
         partition.check_groups(config.data.num_groups * mesh.size, mesh)
         found = traced.trace_step(
             program, pipeline, mesh=mesh, groups_per_device=config.data.num_groups
         )
-        if not lines:
-            hidden = loss_flops(config, shape=shape, num_devices=mesh.size)
-            compute_s, lines = _compute(config, found, hidden, shape, rates)
+        hidden = loss_flops(config, shape=shape, num_devices=mesh.size)
+        compute_s, described = _compute(config, found, hidden, shape, rates)
+        lines = lines or described
+        computed.append(compute_s)
         rows.append(_row(host, chip, found, compute_s, rates, _state_bytes(state, program, mesh)))
+    if min(computed) < max(computed):
+        lines += ["", _says_that_compute_differs(sizes, computed)]
     lines += ["", _HEAD, "|" + "---|" * (_HEAD.count("|") - 1), *rows]
     return "\n".join(lines)
 
@@ -257,6 +260,17 @@ def _compute(config, found, hidden_flops, shape, rates):
         f"host_exchange_slack={config.mesh.host_exchange_slack} (two levels).",
     ]
     return seconds, lines
+
+
+def _says_that_compute_differs(sizes, computed) -> str:
+    parts = [
+        f"{host} x {chip} {seconds * 1e3:.1f} ms"
+        for (host, chip), seconds in zip(sizes, computed, strict=True)
+    ]
+    return (
+        "What a device computes depends on the mesh; above is the first, and each row takes its "
+        f"own: {', '.join(parts)}."
+    )
 
 
 def _row(host, chip, found, compute_s, rates, state_bytes) -> str:

@@ -246,6 +246,22 @@ def test_the_table(config, small_store, monkeypatch, capsys):
         assert float(row[step_ms]) >= float(row[exchange_ms])
 
 
+def test_a_loss_that_grows_with_the_devices(config, small_store):
+    """Every row takes its own: with shared negatives a device scores those of all."""
+    config = with_next_item(config, is_shared=True, num_groups=2, queries_per_group=300_000)
+    text = scaling.report(config, small_store, devices=[1, 8])
+    grown = re.search(r"own: 1 x 1 ([\d.]+) ms, 1 x 8 ([\d.]+) ms\.$", text, re.MULTILINE)
+    assert grown, text
+    exact = re.search(r"float32 exact: ([\d.]+) TFLOP", text)
+    first, last = (float(each) for each in grown.groups())
+    flops = 6 * (2 * 300_000) * (2 * 900) * 16
+    assert float(exact.group(1)) == pytest.approx(flops / 1e12, abs=5e-3)
+    assert last - first == pytest.approx(7 * flops / 33e12 * 1e3, abs=0.1)
+    for line, compute in zip(text.splitlines()[-2:], (first, last), strict=True):
+        exchange, total = (float(cell) for cell in line.split("|")[7:9])
+        assert total == pytest.approx(exchange + compute, abs=0.15)
+
+
 def _devices(text):
     benchmark.flags.FLAGS.mark_as_parsed()
     return flagsaver.flagsaver(devices=text.split(","))
