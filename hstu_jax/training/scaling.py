@@ -149,6 +149,13 @@ def loss_flops(config: schema.Config, *, shape: BatchShape, num_devices: int) ->
     )
 
 
+def full_users(config: schema.Config, *, shape: BatchShape) -> int:
+    """Users of full length that a group has room for: its rows and its user slots bind."""
+    longest = config.num_contextual + config.model.user_tower.max_seq_len
+    per_row = 1 if config.data.layout == "padded" else max(shape.row_len // longest, 1)
+    return min(shape.users, shape.rows * per_row)
+
+
 def meshes(num_devices: int) -> list[tuple[int, int]]:
     """(host, chip) of a number of devices: one level, and two where there are several hosts.
 
@@ -233,7 +240,11 @@ def _program(config, host, chip):
 def _compute(config, found, hidden_flops, shape, rates):
     """Seconds of products and attention of a step, and lines that say how they come about."""
     dtype = "bfloat16" if config.train.mixed_precision else "float32"
-    num_users = config.data.num_groups * shape.rows * config.train.gradient_accumulation_steps
+    num_users = (
+        config.data.num_groups
+        * config.train.gradient_accumulation_steps
+        * full_users(config, shape=shape)
+    )
     products = dict(found.products)
     if hidden_flops:
         products["float32 exact"] = products.get("float32 exact", 0) + hidden_flops

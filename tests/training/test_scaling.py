@@ -54,6 +54,23 @@ def test_products_by_hand():
     assert found.products == {"float32": 7 * one, "bfloat16": one, "float32 exact": one}
 
 
+@pytest.mark.parametrize(
+    ("users", "rows", "row_len", "layout", "want"),
+    [
+        (34, 2, 48, "packed", 2),  # 43 tokens each
+        (34, 2, 96, "packed", 4),
+        (34, 2, 96, "padded", 2),
+        (3, 2, 96, "packed", 3),
+        (3, 8, 48, "padded", 3),
+    ],
+)
+def test_users_of_full_length_in_a_group(config, users, rows, row_len, layout, want):
+    sizes = dict(groups=1, queries=9, negatives=4, block_len=16)
+    shape = BatchShape(users=users, rows=rows, row_len=row_len, **sizes)
+    data = dataclasses.replace(config.data, layout=layout)
+    assert scaling.full_users(dataclasses.replace(config, data=data), shape=shape) == want
+
+
 @pytest.mark.parametrize(("block_scores", "is_looped"), [(3 * 5, True), (10**6, False)])
 def test_the_products_of_the_next_item_loss(block_scores, is_looped):
     """In a loop of unknown length the trace shows none of them: then the formula counts them."""
