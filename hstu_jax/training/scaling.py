@@ -74,7 +74,7 @@ class Traffic:
 
 
 def traffic(each: collectives.Collective, *, devices_per_host: int) -> Traffic:
-    """Bytes that a device sends in one collective, to its own host and to others.
+    """Bytes that a device sends in all runs of a collective, to its own host and to others.
 
     A group of g devices, k of them on each of m hosts; R bytes of result on each device.
     All-to-all: R (k - 1) / g and R (g - k) / g. All-reduce: reduced within the host, then each
@@ -90,7 +90,7 @@ def traffic(each: collectives.Collective, *, devices_per_host: int) -> Traffic:
     """
     hosts = [device // devices_per_host for device in each.group]
     g, m, k = len(hosts), len(set(hosts)), hosts.count(hosts[0])
-    size = each.result_bytes
+    size = each.times * each.result_bytes
     if each.kind == "all-to-all":
         return Traffic(size * (k - 1) / g, size * (g - k) / g)
     factors = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": float(g)}

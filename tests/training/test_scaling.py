@@ -116,13 +116,13 @@ def test_collectives_by_hand():
         return jax.lax.psum(jnp.sum(b) + c, ("host", "chip")) + jax.lax.pmax(d, "chip")
 
     found = read(sends, (8, 2), mesh=abstract_mesh(2, 4)).collectives
-    assert [(each.kind, each.result_bytes, each.group) for each in found] == [
-        ("all-to-all", 64, (0, 4)),
-        ("all-gather", 4 * 64, (0, 1, 2, 3)),
-        ("reduce-scatter", 8, tuple(range(8))),
-        *(2 * [("all-reduce", 4, (0, 4))]),
-        ("all-reduce", 4, tuple(range(8))),
-        ("all-reduce", 8, (0, 1, 2, 3)),
+    assert [(each.times, each.kind, each.result_bytes, each.group) for each in found] == [
+        (1, "all-to-all", 64, (0, 4)),
+        (1, "all-gather", 4 * 64, (0, 1, 2, 3)),
+        (1, "reduce-scatter", 8, tuple(range(8))),
+        (2, "all-reduce", 4, (0, 4)),
+        (1, "all-reduce", 4, tuple(range(8))),
+        (1, "all-reduce", 8, (0, 1, 2, 3)),
     ]
     with pytest.raises(ValueError, match=r"axis_size_of_tomorrow: names the mesh axes \('chip',\)"):
         traced.read(_with_unknown_collective(), {"chip": 2})
@@ -155,6 +155,8 @@ def test_traffic_by_hand(kind, group, want):
     assert (sent.in_host, sent.between_hosts) == want
     if kind != "all-reduce" and len(set(d // 4 for d in group)) == 1:
         assert sent.in_host == each.sent_bytes
+    twice = scaling.traffic(dataclasses.replace(each, times=2), devices_per_host=4)
+    assert (twice.in_host, twice.between_hosts) == (2 * want[0], 2 * want[1])
 
 
 def test_unknown_traffic_is_refused():
