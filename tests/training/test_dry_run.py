@@ -180,6 +180,20 @@ def test_simulated_devices(small_store, tmp_path):
     assert "simulated: compiled for CPUs" in result.stdout
 
 
+def test_devices_are_simulated_before_jax_is_set_up(monkeypatch):
+    raw, calls = kuairand.get_config("sample"), []
+    raw.train.dry_run, raw.train.dry_run_devices = True, 4
+    monkeypatch.setattr(cli, "CONFIG", types.SimpleNamespace(value=raw))
+    monkeypatch.setattr(cli, "WORKDIR", types.SimpleNamespace(value=None))
+    monkeypatch.setattr(cli.flags, "mark_flag_as_required", lambda name: None)
+    monkeypatch.setattr(cli.app, "run", lambda program: program(["train"]))
+    monkeypatch.setattr(cli, "simulate_devices", lambda count: calls.append(count))
+    monkeypatch.setattr(cli, "refuse_launcher", lambda: None)
+    monkeypatch.setattr(cli, "set_up_jax", lambda keeps_programs: calls.append(keeps_programs))
+    cli.run_main(lambda config: calls.append("main"), has_dry_run=True)
+    assert calls == [4, False, "main"]
+
+
 def with_train(config, **options):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
 

@@ -229,7 +229,7 @@ def with_encoder(config, encoder):
 def test_what_a_device_sends_follows_its_batch_alone(config, small_store):
     """Neither the rows of tables nor, beyond (n - 1) / n, the number of devices."""
     config = with_encoder(config, "mean")  # fast to trace
-    pipeline, sent = pipeline_lib.Pipeline(config, small_store), {}
+    pipeline, sent, others = pipeline_lib.Pipeline(config, small_store), {}, set()
     for host, chip, num_rows in ((1, 2, 2_000_000), (1, 8, 8_000_000), (2, 4, 8_000_000)):
         program = step.make_program(
             with_rows(config, num_rows), run_length=schedules.RunLength(num_steps=1)
@@ -241,9 +241,14 @@ def test_what_a_device_sends_follows_its_batch_alone(config, small_store):
         sent[host, chip] = sum(
             each.sent_bytes for each in found.collectives if each.kind == "all-to-all"
         )
+        others.add(
+            sum(each.result_bytes for each in found.collectives if each.kind != "all-to-all")
+        )
     # Of four times the rows and devices; buckets are rounded up to whole ids.
     assert sent[1, 8] / (7 / 8) < 1.01 * sent[1, 2] / (1 / 2)
-    assert sent[2, 4] < 2 * sent[1, 8]
+    # Two levels send the same buckets twice, within the host and between hosts.
+    assert sent[2, 4] / (3 / 4 + 1 / 2) == pytest.approx(sent[1, 8] / (7 / 8), rel=0.01)
+    assert max(others) < 1.001 * min(others)  # two levels ask once more whether a round is left
 
 
 def test_the_table(config, small_store, monkeypatch, capsys):
