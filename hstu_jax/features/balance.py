@@ -144,6 +144,7 @@ def _deal_longest_first(
 ) -> list[Share] | None:
     """The dealing itself, by pairs or by tokens; None where a window is left that fits no group."""
     row_len, smallest = shape.row_len, max(min(lengths, default=0), 1)
+    fewest = min(num_positives, default=0)
     groups = [
         _Group(free=[row_len] * shape.rows, users=shape.users, queries=shape.queries)
         for _ in range(shape.groups)
@@ -175,7 +176,8 @@ def _deal_longest_first(
         _put(group, window, need=need, smallest=smallest, row_len=row_len)
         group.tokens += length
         group.queries -= queries
-        if group.users > len(group.members):
+        # A full group is not looked at again.
+        if group.users > len(group.members) and group.queries >= fewest:
             most = pairs[window] if by_pairs else length
             entry = (taken[0] + most, group.tokens, len(group.members), taken[-1])
             heapq.heappush(heap, entry)

@@ -102,6 +102,29 @@ def query_softmax(
     return QuerySoftmax(loss_sum=loss_sum, positive_scores=scores, num_ahead=num_ahead)
 
 
+def looped_flops(
+    *,
+    groups: int,
+    num_queries: int,
+    num_negatives: int,
+    width: int,
+    block_scores: int = _BLOCK_SCORES,
+) -> int:
+    """Operations of the products in the loop over blocks, forward and backward, all queries in use.
+
+    3 * 2 G Q M E: every score, and its part of the query's and of the negative's gradient. They are
+    float32 products of full precision. Who counts the products of a traced program does not find
+    them, since the loop's length is data; 0 where all queries fit one block: then there is no loop.
+    """
+    if _largest_block(groups, num_negatives, block_scores) >= num_queries:
+        return 0
+    return 3 * 2 * groups * num_queries * num_negatives * width
+
+
+def _largest_block(groups, num_negatives, block_scores) -> int:
+    return max(block_scores // max(groups * num_negatives, 1), 1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _total(query, positive, negative, constants, temperature, block_scores):
     """Loss sum, scores of the positives and how many negatives reach them."""
@@ -164,7 +187,7 @@ def _scan_blocks(
     # The sum over queries is a product of rows with rows if they also lie the other way round: the
     # product of columns takes a CPU two to three times as long. Not made without gradients.
     columns = jnp.swapaxes(query, 1, 2)
-    largest = max(block_scores // max(groups * negative.shape[1], 1), 1)
+    largest = _largest_block(groups, negative.shape[1], block_scores)
     if largest >= num_queries:
         return run(*rows, columns)
     num_blocks = -(-num_queries // largest)

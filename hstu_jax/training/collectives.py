@@ -3,11 +3,13 @@
     for each in collectives.read(jitted.lower(...).compile().as_text()): print(each)
 
 XLA prints every collective with the shape of its result and the groups of devices that take part;
-the bytes follow from both. A collective in a loop stands once in the text: of the exchange of ids
-and rows (`tables/exchange.py`), that is one round.
+the bytes follow from both. A collective in a loop stands once in the text and counts as often as
+XLA knows the loop to run, or once: of the exchange of ids and rows (`tables/exchange.py`), that is
+one round.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,12 @@ _SHAPE = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{('\w+'(?:,\s*'\w+')*)\}")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(
+    r"\b(?:body|condition|to_apply|calls|branch_computations|(?:true|false)_computation)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NUM_DEVICES = re.compile(r"(num_partitions|replica_count)=(\d+)")
 
 
@@ -40,12 +48,14 @@ class Collective:
         shape: the result as XLA writes it, without layouts; on one device.
         result_bytes: size of the result on one device.
         group: the devices that take part together, as numbers in the mesh: one such group of them.
+        times: how often the program runs it; a loop of unknown length counts as one run.
     """
 
     kind: str
     shape: str
     result_bytes: int
     group: tuple[int, ...]
+    times: int = 1
 
     @property
     def group_size(self) -> int:
@@ -54,10 +64,10 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that leave a device, at the least.
+        """Bytes that leave a device in all runs, at the least.
 
-        Of g devices with a result of R bytes on each: R (g - 1) / g for all-to-all and all-gather,
-        2 R (g - 1) / g for all-reduce, R (g - 1) for reduce-scatter, R for the others.
+        In one, of g devices with a result of R bytes on each: R (g - 1) / g for all-to-all and
+        all-gather, 2 R (g - 1) / g for all-reduce, R (g - 1) for reduce-scatter, R for the others.
         """
         share = (self.group_size - 1) / self.group_size
         factor = {
@@ -67,7 +77,7 @@ class Collective:
             "all-reduce": 2 * share,
             "reduce-scatter": self.group_size - 1.0,
         }
-        return self.result_bytes * factor.get(self.kind, 1.0)
+        return self.times * self.result_bytes * factor.get(self.kind, 1.0)
 
 
 def read(text: str) -> tuple[Collective, ...]:
@@ -81,8 +91,11 @@ def read(text: str) -> tuple[Collective, ...]:
     """
     sizes = [int(count) for _, count in _NUM_DEVICES.findall(text.partition("\n")[0])]
     num_devices = max(sizes, default=1)
-    found = []
-    for line in text.splitlines():
+    lines, found, runs = text.splitlines(), [], 1
+    runs_of = _runs(lines)
+    for line in lines:
+        if head := _COMPUTATION.match(line):
+            runs = runs_of[head.group(1)]
         match = _INSTRUCTION.search(line)
         if match is None:
             continue
@@ -98,9 +111,36 @@ def read(text: str) -> tuple[Collective, ...]:
                 shape=" ".join(f"{letters}{bits}[{sides}]" for letters, bits, sides in parts),
                 result_bytes=sum(_bytes(*part) for part in parts),
                 group=_first_group(line, num_devices),
+                times=runs,
             )
         )
     return tuple(found)
+
+
+def _runs(lines: Sequence[str]) -> dict[str, int]:
+    """How often each computation of a program runs, by the lengths of loops that XLA knows.
+
+    A branch of a condition counts as if it were taken.
+    """
+    callers: dict[str, list[tuple[str, int]]] = {}
+    name = ""
+    for line in lines:
+        if head := _COMPUTATION.match(line):
+            name = head.group(1)
+            callers.setdefault(name, [])
+        elif "async-update(" not in line and "async-done(" not in line:
+            length = _TRIP_COUNT.search(line)
+            times = int(length.group(1)) if length else 1
+            for called in _CALLED.findall(line):
+                for each in re.findall(r"[\w.\-]+", called):
+                    callers.setdefault(each, []).append((name, times))
+
+    @functools.cache
+    def runs(name: str) -> int:
+        found = callers.get(name)
+        return sum(times * runs(caller) for caller, times in found) if found else 1
+
+    return {name: runs(name) for name in callers}
 
 
 def _bytes(letters: str, bits: str, sides: str) -> int:

@@ -32,7 +32,7 @@ class DryRun:
         results: of the step; those that reuse an argument's memory included.
         reused: results that lie in the memory of the state they replace.
         temporaries: activations, gradients and buffers of the exchange.
-        collectives: one of a loop stands once.
+        collectives: of a step; one in a loop of unknown length counts as one run.
     """
 
     state: Any
@@ -50,7 +50,10 @@ class DryRun:
 
     @property
     def exchange(self) -> int:
-        """What arrives by all-to-all, in all tables together; as much is laid out to be sent."""
+        """What arrives by all-to-all, in all tables together; as much is laid out to be sent.
+
+        Memory: the batches of an accumulating step use it one after the other.
+        """
         return sum(each.result_bytes for each in self.collectives if "all-to-all" in each.kind)
 
 
@@ -112,7 +115,7 @@ def report(
     if config.train.gradient_accumulation_steps > 1:
         notes.append(
             f"          a step takes {config.train.gradient_accumulation_steps} batches in a loop: "
-            "below, the rows that one of them fetches"
+            "memory holds the rows that one of them fetches, what is sent is of all"
         )
     lines = [
         run_lib.describe(run, found.state),
@@ -179,7 +182,7 @@ def _memory(found: DryRun) -> list[str]:
         ("their optimizer state", per_device_bytes(slots)),
         ("batch", per_device_bytes(found.batch)),
         ("temporaries of the compiled step: activations, gradients, exchange", found.temporaries),
-        ("  received by all-to-all in all; as much is sent", found.exchange),
+        ("  received by all-to-all; as much lies ready to be sent", found.exchange),
         ("results beside the state (metrics)", found.results - found.reused),
         ("all of a step", found.total),
     ]
@@ -202,12 +205,13 @@ def _traffic(found: Iterable[collectives.Collective]) -> list[str]:
             by_kind.setdefault((each.kind, each.group_size), []).append(each)
     if not by_kind:
         return ["collectives of a step: none, there is one device"]
-    lines = ["collectives of a step, from the compiled program (of the exchange, one round)"]
+    lines = ["collectives of a step, from the compiled program (an exchange counts one round)"]
     for (kind, group_size), members in sorted(by_kind.items()):
         sent = sum(each.sent_bytes for each in members)
         largest = max(each.result_bytes for each in members)
+        runs = sum(each.times for each in members)
         lines.append(
-            f"  {len(members):3} {kind} among {group_size} devices: each sends "
+            f"  {runs:3} {kind} among {group_size} devices: each sends "
             f"{sent:,.0f} bytes ({size_text(sent)}); the largest brings {size_text(largest)}"
         )
     total = sum(each.sent_bytes for members in by_kind.values() for each in members)

@@ -18,6 +18,8 @@ from hstu_jax.config import schema
 from hstu_jax.data import event_store
 from hstu_jax.features import pipeline as pipeline_lib
 from hstu_jax.features import sequence_rules
+from hstu_jax.features.batch import BatchShape
+from hstu_jax.losses import query_softmax
 from hstu_jax.training import collectives, partition, schedules, step, traced
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
@@ -72,7 +74,7 @@ class Traffic:
 
 
 def traffic(each: collectives.Collective, *, devices_per_host: int) -> Traffic:
-    """Bytes that a device sends in one collective, to its own host and to others.
+    """Bytes that a device sends in all runs of a collective, to its own host and to others.
 
     A group of g devices, k of them on each of m hosts; R bytes of result on each device.
     All-to-all: R (k - 1) / g and R (g - k) / g. All-reduce: reduced within the host, then each
@@ -88,7 +90,7 @@ def traffic(each: collectives.Collective, *, devices_per_host: int) -> Traffic:
     """
     hosts = [device // devices_per_host for device in each.group]
     g, m, k = len(hosts), len(set(hosts)), hosts.count(hosts[0])
-    size = each.result_bytes
+    size = each.times * each.result_bytes
     if each.kind == "all-to-all":
         return Traffic(size * (k - 1) / g, size * (g - k) / g)
     factors = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": float(g)}
@@ -121,6 +123,37 @@ def attention_flops(config: schema.Config, *, num_users: int) -> int:
         qk_dim=hstu.stu.attention_dim,
         v_dim=hstu.stu.hidden_dim,
     )
+
+
+def loss_flops(config: schema.Config, *, shape: BatchShape, num_devices: int) -> int:
+    """Operations of a device's loss that its traced step does not show, forward and backward.
+
+    Those of the next-item objective's loop, for batches whose queries are all in use; other losses
+    are in the trace. With shared negatives a device scores its queries against those of all.
+
+    Args:
+        config: of one device, as of `report`.
+        shape: of its batches.
+        num_devices: devices of the mesh.
+    """
+    if config.model.objective != "next_item":
+        return 0
+    groups, queries, negatives = config.data.num_groups, shape.queries, shape.negatives
+    if config.data.negative_sharing == "all":  # as `shared_negatives.share` joins them
+        queries, negatives, groups = groups * queries, num_devices * groups * negatives, 1
+    return config.train.gradient_accumulation_steps * query_softmax.looped_flops(
+        groups=groups,
+        num_queries=queries,
+        num_negatives=negatives,
+        width=config.model.output_dim or config.model.user_tower.hstu.stu.embedding_dim,
+    )
+
+
+def full_users(config: schema.Config, *, shape: BatchShape) -> int:
+    """Users of full length that a group has room for: its rows and its user slots bind."""
+    longest = config.num_contextual + config.model.user_tower.max_seq_len
+    per_row = 1 if config.data.layout == "padded" else max(shape.row_len // longest, 1)
+    return min(shape.users, shape.rows * per_row)
 
 
 def meshes(num_devices: int) -> list[tuple[int, int]]:
@@ -168,16 +201,20 @@ def report(
     pipeline = pipeline_lib.Pipeline(config, store)
     shape = max(pipeline.shapes, key=lambda shape: shape.rows * shape.row_len)
     state = run_lib.state_shapes(config)
-    lines, rows, compute_s = [], [], 0.0
+    lines, rows, computed = [], [], []
     for host, chip in sizes:
         program, mesh = _program(config, host, chip)
         partition.check_groups(config.data.num_groups * mesh.size, mesh)
         found = traced.trace_step(
             program, pipeline, mesh=mesh, groups_per_device=config.data.num_groups
         )
-        if not lines:
-            compute_s, lines = _compute(config, found, shape, rates)
+        hidden = loss_flops(config, shape=shape, num_devices=mesh.size)
+        compute_s, described = _compute(config, found, hidden, shape, rates)
+        lines = lines or described
+        computed.append(compute_s)
         rows.append(_row(host, chip, found, compute_s, rates, _state_bytes(state, program, mesh)))
+    if min(computed) < max(computed):
+        lines += ["", _says_that_compute_differs(sizes, computed)]
     lines += ["", _HEAD, "|" + "---|" * (_HEAD.count("|") - 1), *rows]
     return "\n".join(lines)
 
@@ -200,13 +237,20 @@ def _program(config, host, chip):
     return step.make_program(config, run_length=schedules.RunLength(num_steps=1)), mesh
 
 
-def _compute(config, found, shape, rates):
+def _compute(config, found, hidden_flops, shape, rates):
     """Seconds of products and attention of a step, and lines that say how they come about."""
     dtype = "bfloat16" if config.train.mixed_precision else "float32"
-    num_users = config.data.num_groups * shape.rows * config.train.gradient_accumulation_steps
+    num_users = (
+        config.data.num_groups
+        * config.train.gradient_accumulation_steps
+        * full_users(config, shape=shape)
+    )
+    products = dict(found.products)
+    if hidden_flops:
+        products["float32 exact"] = products.get("float32 exact", 0) + hidden_flops
     work = [
         (f"matrix products in {kind}", count, rates.products[kind])
-        for kind, count in sorted(found.products.items())
+        for kind, count in sorted(products.items())
     ]
     attention = attention_flops(config, num_users=num_users)
     work.append((f"attention in {dtype}", attention, rates.attention[dtype]))
@@ -227,6 +271,17 @@ def _compute(config, found, shape, rates):
         f"host_exchange_slack={config.mesh.host_exchange_slack} (two levels).",
     ]
     return seconds, lines
+
+
+def _says_that_compute_differs(sizes, computed) -> str:
+    parts = [
+        f"{host} x {chip} {seconds * 1e3:.1f} ms"
+        for (host, chip), seconds in zip(sizes, computed, strict=True)
+    ]
+    return (
+        "What a device computes depends on the mesh; above is the first, and each row takes its "
+        f"own: {', '.join(parts)}."
+    )
 
 
 def _row(host, chip, found, compute_s, rates, state_bytes) -> str:

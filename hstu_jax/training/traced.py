@@ -41,8 +41,8 @@ class Traced:
     """Figures of a program on one device.
 
     Attributes:
-        collectives: in the order of the program, as often as they run; one in a loop of unknown
-            length (the rounds of the exchange) stands once.
+        collectives: in the order of the program; one in a loop of unknown length (the rounds of the
+            exchange) counts as one run.
         products: kind of matrix product -> operations, 2 m n k for [m, k] times [k, n]. A kind is
             the inputs' dtype, or "float32 exact" where full precision is asked for.
     """
@@ -86,7 +86,9 @@ def read(jaxpr: core.ClosedJaxpr, axis_sizes: Mapping[str, int]) -> Traced:
     """Figures of a traced program.
 
     Products inside `while` loops are left out, since their number is not known: of a training step
-    those are the blocks of attention. Of a `cond`, the branch with most of both counts.
+    those are the blocks of attention and, with the next-item objective, those of the loss
+    (`query_softmax.looped_flops` has their number). Of a `cond`, the branch with most of both
+    counts.
 
     Args:
         jaxpr: the program, of `jax.shard_map` for figures of one device.
@@ -110,7 +112,7 @@ def _walk(jaxpr, sizes, runs, found, products):
             products[_product_kind(equation)] += times * _product_flops(equation)
         axes = _mesh_axes(params)
         if name in _KINDS:
-            found.extend([_collective(_KINDS[name], equation, axes, sizes)] * times)
+            found.append(_collective(_KINDS[name], equation, axes, sizes, times))
         elif axes and name not in _LOCAL:
             raise ValueError(f"{name}: names the mesh axes {axes} and is not known here.")
         if name == "cond":
@@ -147,13 +149,14 @@ def _mesh_axes(params: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in value if isinstance(name, str))
 
 
-def _collective(kind, equation, axes, sizes) -> collectives.Collective:
+def _collective(kind, equation, axes, sizes, times) -> collectives.Collective:
     results = [variable.aval for variable in equation.outvars]
     return collectives.Collective(
         kind=kind,
         shape=" ".join(each.str_short() for each in results),
         result_bytes=sum(each.size * each.dtype.itemsize for each in results),
         group=collectives.group_along(axes, sizes),
+        times=times,
     )
 
 

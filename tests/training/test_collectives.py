@@ -64,6 +64,41 @@ def test_every_form_by_hand(line, want):
     assert (found.kind, found.result_bytes, found.group_size, found.sent_bytes) == want
 
 
+LOOPS = """
+%inner (x: f32[4]) -> f32[4] {
+  ROOT %a = f32[4]{0} all-reduce(%x), replica_groups={}, to_apply=%sum
+}
+
+%outer.1 (x: f32[4]) -> f32[4] {
+  %b = f32[8]{0} all-to-all(%x), replica_groups={}
+  %c = f32[4] while(%b), condition=%on, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %d = f32[4] while(%c), condition=%is_on, body=%unknown
+}
+
+%unknown (x: f32[4]) -> f32[4] {
+  ROOT %e = f32[2]{0} all-reduce(%x), replica_groups={}, to_apply=%sum
+}
+
+%branch (x: f32[4]) -> f32[4] {
+  ROOT %f = f32[16]{0} all-reduce(%x), replica_groups={}, to_apply=%sum
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %g = f32[4] while(%x), condition=%o, body=%outer.1, backend_config={"known_trip_count":{"n":"3"}}
+  %h = f32[4] conditional(%p, %g, %g), branch_computations={%branch, %inner}
+  ROOT %i = f32[32]{0} all-reduce(%h), replica_groups={}, to_apply=%sum
+}
+"""
+
+
+def test_runs_in_loops_by_hand():
+    """In a loop of 3 one of 5 and one of unknown length; behind it a branch, taken or not."""
+    found = {each.shape: each for each in collectives.read(HEADER + LOOPS)}
+    want = {"f32[4]": 3 * 5 + 1, "f32[8]": 3, "f32[2]": 3, "f32[16]": 1, "f32[32]": 1}
+    assert {shape: each.times for shape, each in found.items()} == want
+    assert found["f32[8]"].sent_bytes == 3 * 32 * 7 / 8
+
+
 def test_what_only_mentions_a_collective_is_none():
     text = (
         "  %h = f32[8]{0} all-reduce-done(f32[8]{0} %all-reduce-start.1)\n"
@@ -85,12 +120,17 @@ def test_a_compiled_program():
 
     def local(x):
         rows = jax.lax.all_to_all(x, "chip", split_axis=0, concat_axis=0, tiled=True)
+        rows, _ = jax.lax.scan(lambda x, _: (shift(x), None), rows, length=3)
         return rows + jax.lax.psum(jnp.sum(x), "chip")
+
+    def shift(x):
+        return jax.lax.ppermute(x, "chip", [(0, 1), (1, 0)])
 
     split = PartitionSpec("chip")
     step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split))
     text = step.lower(jnp.zeros((8, 16))).compile().as_text()
     found = {each.kind: each for each in collectives.read(text)}
-    assert found.keys() == {"all-to-all", "all-reduce"}
+    assert found.keys() == {"all-to-all", "all-reduce", "collective-permute"}
+    assert [found[kind].times for kind in sorted(found)] == [1, 1, 3]
     assert found["all-to-all"].result_bytes == 4 * 16 * 4
     assert found["all-to-all"].sent_bytes == 128 and found["all-reduce"].sent_bytes == 4

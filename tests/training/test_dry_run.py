@@ -110,6 +110,40 @@ def test_traced_and_compiled_programs_send_the_same(run, compiled):
     assert sum(found.products.values()) > 0
 
 
+@pytest.mark.long
+def test_an_accumulating_step_sends_once_for_every_batch(config, small_store, compiled):
+    """With updates batch by batch all of the exchange is in the loop; its trace says the same."""
+    train = dict(gradient_accumulation_steps=3, gradient_accumulation_mode="sum")
+    accumulating = with_train(config, **train, table_updates="batch")
+    run = run_lib.build_run(accumulating, small_store)
+    mesh = jax.sharding.AbstractMesh((1, 2), run.mesh.axis_names, axis_types=run.mesh.axis_types)
+    one, found = exchanged(compiled), dry_run.compile_step(run)
+    assert exchanged(found) == 3 * one > 0
+    traced_step = traced.trace_step(run.program, run.pipeline, mesh=mesh, groups_per_device=1)
+    assert exchanged(traced_step) == 3 * one
+    assert found.exchange == compiled.exchange  # memory is used again
+
+
+def exchanged(program):
+    """Bytes that a device sends by all-to-all."""
+    return sum(each.sent_bytes for each in program.collectives if each.kind == "all-to-all")
+
+
+def test_the_trace_of_an_accumulating_step_sends_once_for_every_batch(config, small_store):
+    sent = []
+    for steps in (1, 3):
+        options = dict(gradient_accumulation_steps=steps)
+        if steps > 1:
+            options |= dict(gradient_accumulation_mode="sum", table_updates="batch")
+        run = run_lib.build_run(with_train(config, **options), small_store)
+        axes = dict(axis_types=run.mesh.axis_types)
+        mesh = jax.sharding.AbstractMesh((1, 2), run.mesh.axis_names, **axes)
+        sent.append(
+            exchanged(traced.trace_step(run.program, run.pipeline, mesh=mesh, groups_per_device=1))
+        )
+    assert sent[1] == 3 * sent[0] > 0
+
+
 def test_the_command_prints_and_neither_allocates_nor_writes(described):
     text, _ = described
     assert "mesh {'host': 1, 'chip': 2}" in text
@@ -144,6 +178,20 @@ def test_simulated_devices(small_store, tmp_path):
     assert "split over 4 devices, 4,096 rows on each" in result.stdout
     assert re.search(r"all-to-all among 4 devices", result.stdout)
     assert "simulated: compiled for CPUs" in result.stdout
+
+
+def test_devices_are_simulated_before_jax_is_set_up(monkeypatch):
+    raw, calls = kuairand.get_config("sample"), []
+    raw.train.dry_run, raw.train.dry_run_devices = True, 4
+    monkeypatch.setattr(cli, "CONFIG", types.SimpleNamespace(value=raw))
+    monkeypatch.setattr(cli, "WORKDIR", types.SimpleNamespace(value=None))
+    monkeypatch.setattr(cli.flags, "mark_flag_as_required", lambda name: None)
+    monkeypatch.setattr(cli.app, "run", lambda program: program(["train"]))
+    monkeypatch.setattr(cli, "simulate_devices", lambda count: calls.append(count))
+    monkeypatch.setattr(cli, "refuse_launcher", lambda: None)
+    monkeypatch.setattr(cli, "set_up_jax", lambda keeps_programs: calls.append(keeps_programs))
+    cli.run_main(lambda config: calls.append("main"), has_dry_run=True)
+    assert calls == [4, False, "main"]
 
 
 def with_train(config, **options):

@@ -1,6 +1,7 @@
 """The model of many GPUs: programs read from their trace, by hand, and the table made of them."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -12,6 +13,8 @@ from jax.extend import core
 from hstu_jax import benchmark
 from hstu_jax.config import schema
 from hstu_jax.features import pipeline as pipeline_lib
+from hstu_jax.features.batch import BatchShape
+from hstu_jax.losses import query_softmax
 from hstu_jax.training import collectives, partition, scaling, schedules, step, traced
 from tests.training.small_config import small_config, with_two_tables
 
@@ -51,6 +54,59 @@ def test_products_by_hand():
     assert found.products == {"float32": 7 * one, "bfloat16": one, "float32 exact": one}
 
 
+@pytest.mark.parametrize(
+    ("users", "rows", "row_len", "layout", "want"),
+    [
+        (34, 2, 48, "packed", 2),  # 43 tokens each
+        (34, 2, 96, "packed", 4),
+        (34, 2, 96, "padded", 2),
+        (3, 2, 96, "packed", 3),
+        (3, 8, 48, "padded", 3),
+    ],
+)
+def test_users_of_full_length_in_a_group(config, users, rows, row_len, layout, want):
+    sizes = dict(groups=1, queries=9, negatives=4, block_len=16)
+    shape = BatchShape(users=users, rows=rows, row_len=row_len, **sizes)
+    data = dataclasses.replace(config.data, layout=layout)
+    assert scaling.full_users(dataclasses.replace(config, data=data), shape=shape) == want
+
+
+@pytest.mark.parametrize(("block_scores", "is_looped"), [(3 * 5, True), (10**6, False)])
+def test_the_products_of_the_next_item_loss(block_scores, is_looped):
+    """In a loop of unknown length the trace shows none of them: then the formula counts them."""
+    groups, queries, negatives, width = 3, 7, 5, 4
+
+    def gradients(query, positive, negative):
+        def loss(query, positive, negative):
+            return query_softmax.query_softmax(
+                query=query,
+                positive=positive,
+                negative=negative,
+                query_mask=jnp.ones((groups, queries), bool),
+                positive_log_q=jnp.zeros((groups, queries)),
+                negative_log_q=jnp.zeros((groups, negatives)),
+                temperature=0.1,
+                log_q_correction=True,
+                block_scores=block_scores,
+            ).loss_sum
+
+        return jax.grad(loss, argnums=(0, 1, 2))(query, positive, negative)
+
+    shapes = [(groups, count, width) for count in (queries, queries, negatives)]
+    found = read(gradients, *shapes, mesh=abstract_mesh(1, 1)).products
+    hidden = query_softmax.looped_flops(
+        groups=groups,
+        num_queries=queries,
+        num_negatives=negatives,
+        width=width,
+        block_scores=block_scores,
+    )
+    all_products = 3 * 2 * groups * queries * negatives * width
+    assert hidden == (all_products if is_looped else 0)
+    own_scores = 0 if is_looped else 2 * groups * queries * width  # with the positives
+    assert found.get("float32 exact", 0) + hidden == all_products + own_scores
+
+
 def test_collectives_by_hand():
     def sends(a):
         b = jax.lax.all_to_all(a, "host", split_axis=0, concat_axis=0, tiled=True)
@@ -60,13 +116,13 @@ def test_collectives_by_hand():
         return jax.lax.psum(jnp.sum(b) + c, ("host", "chip")) + jax.lax.pmax(d, "chip")
 
     found = read(sends, (8, 2), mesh=abstract_mesh(2, 4)).collectives
-    assert [(each.kind, each.result_bytes, each.group) for each in found] == [
-        ("all-to-all", 64, (0, 4)),
-        ("all-gather", 4 * 64, (0, 1, 2, 3)),
-        ("reduce-scatter", 8, tuple(range(8))),
-        *(2 * [("all-reduce", 4, (0, 4))]),
-        ("all-reduce", 4, tuple(range(8))),
-        ("all-reduce", 8, (0, 1, 2, 3)),
+    assert [(each.times, each.kind, each.result_bytes, each.group) for each in found] == [
+        (1, "all-to-all", 64, (0, 4)),
+        (1, "all-gather", 4 * 64, (0, 1, 2, 3)),
+        (1, "reduce-scatter", 8, tuple(range(8))),
+        (2, "all-reduce", 4, (0, 4)),
+        (1, "all-reduce", 4, tuple(range(8))),
+        (1, "all-reduce", 8, (0, 1, 2, 3)),
     ]
     with pytest.raises(ValueError, match=r"axis_size_of_tomorrow: names the mesh axes \('chip',\)"):
         traced.read(_with_unknown_collective(), {"chip": 2})
@@ -99,6 +155,8 @@ def test_traffic_by_hand(kind, group, want):
     assert (sent.in_host, sent.between_hosts) == want
     if kind != "all-reduce" and len(set(d // 4 for d in group)) == 1:
         assert sent.in_host == each.sent_bytes
+    twice = scaling.traffic(dataclasses.replace(each, times=2), devices_per_host=4)
+    assert (twice.in_host, twice.between_hosts) == (2 * want[0], 2 * want[1])
 
 
 def test_unknown_traffic_is_refused():
@@ -138,6 +196,31 @@ def with_rows(config, num_rows):
     return dataclasses.replace(config, features=features)
 
 
+def with_next_item(config, *, is_shared=False, **data):
+    if is_shared:
+        sampler = dataclasses.replace(config.data.negative_sampler, exclusion="query")
+        data |= dict(negative_sharing="all", negative_sampler=sampler)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, objective="next_item"),
+        data=dataclasses.replace(config.data, **data),
+    )
+
+
+def test_the_loss_that_a_trace_does_not_show(config):
+    shape = BatchShape(
+        groups=2, rows=1, row_len=48, users=9, queries=3000, negatives=500, block_len=16
+    )
+    found = functools.partial(scaling.loss_flops, shape=shape, num_devices=4)
+    assert found(config) == 0  # of the window objective everything is in the trace
+    two = with_next_item(config, num_groups=2)
+    assert found(two) == 6 * 2 * 3000 * 500 * 16
+    train = dataclasses.replace(two.train, gradient_accumulation_steps=3)
+    assert found(dataclasses.replace(two, train=train)) == 3 * found(two)
+    shared = with_next_item(config, num_groups=2, is_shared=True)
+    assert found(shared) == 4 * 2 * found(two)  # 2 groups on each of 4 devices
+
+
 def with_encoder(config, encoder):
     tower = dataclasses.replace(config.model.user_tower, encoder=encoder)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, user_tower=tower))
@@ -146,7 +229,7 @@ def with_encoder(config, encoder):
 def test_what_a_device_sends_follows_its_batch_alone(config, small_store):
     """Neither the rows of tables nor, beyond (n - 1) / n, the number of devices."""
     config = with_encoder(config, "mean")  # fast to trace
-    pipeline, sent = pipeline_lib.Pipeline(config, small_store), {}
+    pipeline, sent, others = pipeline_lib.Pipeline(config, small_store), {}, set()
     for host, chip, num_rows in ((1, 2, 2_000_000), (1, 8, 8_000_000), (2, 4, 8_000_000)):
         program = step.make_program(
             with_rows(config, num_rows), run_length=schedules.RunLength(num_steps=1)
@@ -158,9 +241,14 @@ def test_what_a_device_sends_follows_its_batch_alone(config, small_store):
         sent[host, chip] = sum(
             each.sent_bytes for each in found.collectives if each.kind == "all-to-all"
         )
+        others.add(
+            sum(each.result_bytes for each in found.collectives if each.kind != "all-to-all")
+        )
     # Of four times the rows and devices; buckets are rounded up to whole ids.
     assert sent[1, 8] / (7 / 8) < 1.01 * sent[1, 2] / (1 / 2)
-    assert sent[2, 4] < 2 * sent[1, 8]
+    # Two levels send the same buckets twice, within the host and between hosts.
+    assert sent[2, 4] / (3 / 4 + 1 / 2) == pytest.approx(sent[1, 8] / (7 / 8), rel=0.01)
+    assert max(others) < 1.001 * min(others)  # two levels ask once more whether a round is left
 
 
 def test_the_table(config, small_store, monkeypatch, capsys):
@@ -180,6 +268,22 @@ def test_the_table(config, small_store, monkeypatch, capsys):
     step_ms, exchange_ms = names.index("step ms"), names.index("exchange ms")
     for row in (level, two):
         assert float(row[step_ms]) >= float(row[exchange_ms])
+
+
+def test_a_loss_that_grows_with_the_devices(config, small_store):
+    """Every row takes its own: with shared negatives a device scores those of all."""
+    config = with_next_item(config, is_shared=True, num_groups=2, queries_per_group=300_000)
+    text = scaling.report(config, small_store, devices=[1, 8])
+    grown = re.search(r"own: 1 x 1 ([\d.]+) ms, 1 x 8 ([\d.]+) ms\.$", text, re.MULTILINE)
+    assert grown, text
+    exact = re.search(r"float32 exact: ([\d.]+) TFLOP", text)
+    first, last = (float(each) for each in grown.groups())
+    flops = 6 * (2 * 300_000) * (2 * 900) * 16
+    assert float(exact.group(1)) == pytest.approx(flops / 1e12, abs=5e-3)
+    assert last - first == pytest.approx(7 * flops / 33e12 * 1e3, abs=0.1)
+    for line, compute in zip(text.splitlines()[-2:], (first, last), strict=True):
+        exchange, total = (float(cell) for cell in line.split("|")[7:9])
+        assert total == pytest.approx(exchange + compute, abs=0.15)
 
 
 def _devices(text):
