@@ -197,8 +197,10 @@ def _log_sum_of_negatives(
         return jax.nn.logsumexp(shared, axis=-1)
     if shared_mask is None:
         shared_mask = jnp.ones(shared.shape, bool)
-    logits = jnp.concatenate([shared, own], axis=-1)
-    mask = jnp.concatenate([shared_mask, own_mask], axis=-1)
+    logits, mask = shared, shared_mask
+    if own.shape[-1] > 0:  # jaxlib 0.11.2 crashes compiling joins with nothing, on several CPUs
+        logits = jnp.concatenate([shared, own], axis=-1)
+        mask = jnp.concatenate([shared_mask, own_mask], axis=-1)
     # A row without any negative is summed over zeros instead: log(0) has no gradient but NaN.
     is_some = mask.any(axis=-1)
     logits = jnp.where(mask, logits, jnp.where(is_some, -jnp.inf, 0)[..., None])

@@ -169,16 +169,16 @@ def test_two_killed_processes_go_on_with_four_devices(small_store, tmp_path):
 @pytest.mark.long
 def test_tables_and_groups_without_rows_do_not_hang(tmp_path):
     # One window in the last batch of an epoch: of four groups in four processes three are empty.
-    options = sample_world.SampleOptions(num_users=30, num_items=1_000, num_days=3)
+    options = sample_world.SampleOptions(num_users=32, num_items=1_000, num_days=3)
     store = sample.prepare(tmp_path / "tiny", options=options)
     steps = ("--config.train.num_steps=0", "--config.train.num_epochs=3")
     with processes.running(
-        *command(store, tmp_path / "four", *steps, "--config.data.batch_size=64"),
+        *command(store, tmp_path / "four", *steps, "--config.data.batch_size=16"),
         folder=tmp_path / "printed",
         num_processes=4,
     ) as four:
         assert four.wait(2 * START_S) == [0] * 4, four.texts()
-    changes = {"train__num_steps": 0, "train__num_epochs": 3, "data__batch_size": 64}
+    changes = {"train__num_steps": 0, "train__num_epochs": 3, "data__batch_size": 16}
     straight = config_of(store, tmp_path / "one", **changes)
     result = loop.fit(straight, store, devices=jax.devices()[:1], echo=str)
     batches = [result.run.pipeline.batch_at(step).batch for step in range(result.run.num_steps)]
