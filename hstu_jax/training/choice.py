@@ -7,7 +7,7 @@ that trains meanwhile saves and removes checkpoints. What is in a checkpoint is 
 import json
 import pathlib
 import socket
-from typing import Literal
+from typing import Any, Literal
 
 from hstu_jax.training import checkpoint, processes
 from hstu_jax.training import run as run_lib
@@ -25,9 +25,7 @@ def newest(checkpointer: checkpoint.Checkpointer) -> int | None:
     Raises:
         ValueError: this process does not see it, or sees a later one.
     """
-    step = json.loads(
-        processes.exchange("newest checkpoint", json.dumps(checkpointer.latest_step()))[0]
-    )
+    step = _of_the_first("newest checkpoint", checkpointer.latest_step())
     if processes.is_first():
         return step
     if step is not None:
@@ -59,37 +57,32 @@ def to_read(
         NoCheckpoint: the first process does not find it.
         ValueError: this process does not see what the first one found.
     """
-    answer = {}
-    if processes.is_first():
-        try:
-            answer = {"step": _existing(run, kind, step)}
-        except NoCheckpoint as error:
-            answer = {"missing": str(error)}
-    answer = json.loads(processes.exchange(f"{kind} to read", json.dumps(answer))[0])
-    if "missing" in answer:
-        raise NoCheckpoint(answer["missing"])
-    if not processes.is_first():
-        _wait_for(run.workdir / kind / str(answer["step"]))
-    return answer["step"]
-
-
-def _existing(run: run_lib.Run, kind: Literal["checkpoints", "best"], step: int | None) -> int:
     folder = run.workdir / kind
-    if not folder.is_dir():
+    if not _of_the_first(f"{kind} folder", folder.is_dir()):
         how = ", with train.keep_best.metric set" if kind == "best" else ""
         raise NoCheckpoint(
             f"{folder}: no such folder; train first with `python -m hstu_jax.train "
             f"--config=...`{how}."
         )
+    if not processes.is_first():
+        _wait_for(folder)
+    # All processes open it: Orbax meets the others there.
     checkpointer = run.checkpointer(read_only=True, folder=kind)
     try:
-        steps = checkpointer.all_steps()
+        steps = _of_the_first(f"{kind} to read", list(checkpointer.all_steps()))
     finally:
         checkpointer.close()
     step = max(steps, default=None) if step is None else step
     if step not in steps:
         raise NoCheckpoint(f"{folder}: no checkpoint of step {step}; there are {steps}.")
+    if not processes.is_first():
+        _wait_for(folder / str(step))
     return step
+
+
+def _of_the_first(name: str, value: Any) -> Any:
+    """The first process's value, which JSON can write."""
+    return json.loads(processes.exchange(name, json.dumps(value))[0])
 
 
 def _wait_for(path: pathlib.Path) -> None:

@@ -26,12 +26,15 @@ def folder(tmp_path):
 
 @pytest.fixture
 def first_says(monkeypatch):
-    """Makes this process the second one of two, of which the first one has found something."""
+    """Makes this process the second of two, whose first one answers one question after another."""
     monkeypatch.setattr(processes, "_MARK_S", 0.3)
     monkeypatch.setattr(processes, "index", lambda: 1)
 
-    def says(found):
-        monkeypatch.setattr(processes, "exchange", lambda topic, text: (json.dumps(found), text))
+    def says(*found):
+        answers = iter(found)
+        monkeypatch.setattr(
+            processes, "exchange", lambda topic, text: (json.dumps(next(answers)), text)
+        )
 
     return says
 
@@ -56,15 +59,15 @@ def test_one_process_chooses_for_itself(folder):
 
 def test_the_first_process_chooses_what_is_read(folder, first_says):
     run = run_in(folder.parent)
-    first_says({"step": 3})
+    first_says(True, [3])
     assert choice.to_read(run, kind="checkpoints") == 3
     # The best is there, but not for the first one: nobody reads it, and nobody waits.
     (folder.parent / "best" / "3").mkdir(parents=True)
-    first_says({"missing": "best: no such folder"})
+    first_says(False)
     with pytest.raises(choice.NoCheckpoint, match="best: no such folder"):
         choice.to_read(run, kind="best")
     # Not taken for a checkpoint that is missing everywhere.
-    first_says({"step": 9})
+    first_says(True, [3, 9])
     with pytest.raises(ValueError, match=r"checkpoints/9: process 1 \(.*\) does not see this"):
         choice.to_read(run, kind="checkpoints")
 
