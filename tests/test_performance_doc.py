@@ -131,25 +131,58 @@ def test_the_list_names_what_it_must():
     assert conftest.environment({}, "gpu") == {}
 
 
+def _many_gpus(text):
+    """The section's commands in order, each as words with the table rows behind it, and its list.
+
+    Rows hold their headings, and their order counts: a row or a column in another's place is no
+    equal row of the same table.
+    """
+    section = text[text.index("## Many GPUs") :]
+    parts = re.split(r"^    python -m hstu_jax\.(.+(?:(?<=\\)\n.+)*)$", section, flags=re.M)
+    tables = [
+        (shlex.split(command.replace("\\\n", " ")), _starting_with("| ", behind))
+        for command, behind in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    return [each for each in tables if each[0][:2] == ["benchmark", "scaling"]], _starting_with(
+        "- ", section
+    )
+
+
+def _starting_with(mark, text):
+    return [line for line in text.splitlines() if line.startswith(mark)]
+
+
+def test_a_table_of_many_gpus_with_a_row_or_a_column_moved_is_another():
+    text = PAGE.read_text("utf-8")
+    (first, second), _ = _many_gpus(text)
+    assert len(first[1]) == len(second[1]) == 6
+    assert "--config.mesh.chip=8" in second[0] and "--config.mesh.chip=8" not in first[0]
+    heading, *rows = first[1]
+    assert heading.startswith("| devices | mesh |")
+    other_heading = heading.replace("| exchange ms | step ms |", "| step ms | exchange ms |")
+    assert other_heading != heading
+    for one, other in [
+        (rows[0], rows[1]),  # within a table
+        (rows[0], second[1][1]),  # between both
+        (heading, other_heading),  # in the first, while the second table keeps its own
+    ]:
+        moved = text.replace(one, "<here>", 1).replace(other, one, 1).replace("<here>", other, 1)
+        assert moved != text
+        assert _many_gpus(moved)[0] != [first, second]
+
+
 @pytest.mark.long
 def test_the_tables_of_many_gpus_are_what_the_commands_print(small_store, monkeypatch, capsys):
     """The data count only by their columns: lengths and batches are the configuration's."""
-    text = PAGE.read_text("utf-8")
-    section = text[text.index("## Many GPUs") :]
-    shown = [line for line in section.splitlines() if line.startswith(("| ", "- "))]
-    commands = re.findall(
-        r"^    (python -m hstu_jax\.benchmark scaling (?:.+\\\n)*.+)$", section, re.M
-    )
-    assert len(commands) == 2
+    tables, items = _many_gpus(PAGE.read_text("utf-8"))
+    assert len(tables) == 2
     monkeypatch.setattr(cli, "open_data", lambda config: small_store)
     flags.FLAGS.mark_as_parsed()
-    for command in commands:
-        words = shlex.split(command.replace("\\\n", " "))[4:]
-        step_benchmark.model_many_devices(_config_of(words))
-        printed = capsys.readouterr().out.splitlines()
-        assert [
-            line for line in printed if line.startswith(("| ", "- ")) and line not in shown
-        ] == []
+    for words, rows in tables:
+        step_benchmark.model_many_devices(_config_of(words[2:]))
+        printed = capsys.readouterr().out
+        assert _starting_with("| ", printed) == rows
+        assert _starting_with("- ", printed) == items
 
 
 def _config_of(words):
