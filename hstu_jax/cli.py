@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from hstu_jax import launchers
+from hstu_jax import host_memory, launchers
 from hstu_jax.config import resolve, schema, seed_fields
 from hstu_jax.data import event_store, list_columns, sample
 
@@ -71,6 +71,8 @@ def run_main(
             )
         if config.train.dry_run_devices:
             simulate_devices(config.train.dry_run_devices)
+        if uses_devices:
+            host_memory.keep_freed_memory()
         if start_processes is None:
             refuse_launcher()
             if uses_devices:

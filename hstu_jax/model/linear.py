@@ -32,6 +32,33 @@ def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
     return init
 
 
+@jax.custom_vjp
+def multiply(x: Float[Array, "*batch I"], kernel: Float[Array, "I O"]) -> Float[Array, "*batch O"]:
+    """x @ kernel, with a backward pass that a CPU runs fast.
+
+    JAX's own gradient of the kernel is a transposed product, for which XLA:CPU turns the gradients
+    of all tokens around and leaves its fast products: 12.5 ms in place of 5.4 for 13,824 tokens of
+    50 times 200.
+    """
+    return jnp.dot(x, kernel)
+
+
+def _multiply_forward(x, kernel):
+    return jnp.dot(x, kernel), (x, kernel)
+
+
+def _multiply_backward(residuals, cotangent):
+    x, kernel = residuals
+    tokens = tuple(range(x.ndim - 1))
+    return (
+        jnp.dot(cotangent, kernel.T),
+        jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ()))),
+    )
+
+
+multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
 class Linear(nn.Module):
     """x @ kernel + bias over the last axis; kernel is [in, out].
 
@@ -54,7 +81,7 @@ class Linear(nn.Module):
         else:
             kernel_init, bias_init = xavier_uniform, nn.initializers.zeros
         kernel = self.param("kernel", kernel_init, (width, self.features))
-        projected = jnp.dot(x, kernel.astype(x.dtype))
+        projected = multiply(x, kernel.astype(x.dtype))
         if not self.use_bias:
             return projected
         bias = self.param("bias", bias_init, (self.features,))

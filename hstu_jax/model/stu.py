@@ -169,7 +169,7 @@ class StuLayer(nn.Module):
 
         def run(x):
             normed = self._input_norm(x, norm_weights)
-            projected = jnp.dot(normed, self.uvqk_kernel.astype(x.dtype))
+            projected = linear.multiply(normed, self.uvqk_kernel.astype(x.dtype))
             projected = (projected + self.uvqk_bias[None, None]).astype(x.dtype)
             projected = ad_checkpoint.checkpoint_name(projected, _UVQK)
             parts = self._split(projected, self._names)
@@ -218,7 +218,8 @@ class StuLayer(nn.Module):
 
         def project(tokens, names):
             bias = jnp.concatenate([biases[name] for name in names])
-            tokens = jnp.dot(tokens, jnp.concatenate([kernels[name] for name in names], axis=1))
+            kernel = jnp.concatenate([kernels[name] for name in names], axis=1)
+            tokens = linear.multiply(tokens, kernel)
             tokens = tokens + bias.reshape(*(1,) * (tokens.ndim - 1), -1)
             tokens = ad_checkpoint.checkpoint_name(tokens.astype(x.dtype), _UVQK)
             return self._split(tokens, names)
@@ -302,7 +303,7 @@ class StuLayer(nn.Module):
             # Three products instead of one of the concatenation: 336 instead of 389 MiB of
             # temporaries in the stack benchmark at N = 2048.
             kernels = jnp.split(self.output_kernel.astype(normed.dtype), len(parts))
-            return sum(jnp.dot(part, kernel) for part, kernel in zip(parts, kernels, strict=True))
+            return sum(map(linear.multiply, parts, kernels))
 
         # SiLU, norm and dropout bits are as wide as everything else a layer keeps together, and
         # cheap next to attention.
