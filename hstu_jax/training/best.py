@@ -1,8 +1,12 @@
 """The best state so far by a validation metric, in `<workdir>/best` beside the newest ones."""
 
-from hstu_jax.training import choice
+from hstu_jax.training import checkpoint, choice
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
+
+# What a validation's figures depend on besides the model. A run may be continued with other values
+# of these, but not compared with a best one that was judged by them.
+_JUDGED_BY = ("eval.exclude_seen", "eval.catalogue", "eval.use_dense_ema")
 
 
 class BestCheckpoint:
@@ -12,6 +16,9 @@ class BestCheckpoint:
 
     Args:
         run: the run; `train.keep_best` names the metric.
+
+    Raises:
+        ValueError: the one so far was judged by other rules than this run's validations will be.
     """
 
     def __init__(self, run: run_lib.Run):
@@ -20,7 +27,20 @@ class BestCheckpoint:
         step = choice.newest(self._checkpointer)
         self._value = None
         if step is not None:
-            self._value = self._checkpointer.read_record(step).metric_value
+            record = self._checkpointer.read_record(step)
+            self._check_same_rules(record, where=f"{run.workdir}/best/{step}")
+            self._value = record.metric_value
+
+    def _check_same_rules(self, record, *, where):
+        saved, ours = map(checkpoint.fields_of, (record.config, self._run.record().config))
+        for name in _JUDGED_BY:
+            if saved[name] != ours[name]:
+                raise ValueError(
+                    f"{name}={ours[name]}: the best checkpoint so far, {where}, was chosen with "
+                    f"{saved[name]}, so its {self._config.metric} cannot be compared with new "
+                    "ones; set it back (`python -m hstu_jax.evaluate` gives figures of any "
+                    "checkpoint with other values), or move that folder away and choose anew."
+                )
 
     def offer(self, state: state_lib.TrainState, metrics: dict[str, float]) -> str:
         """Saves a state if its validation beats all before.

@@ -196,9 +196,13 @@ def check_resumable(saved: Record, current: Record, *, where: str) -> None:
         )
 
 
+def fields_of(text: str) -> dict[str, str]:
+    """Path -> value, as text, of every field of a record's configuration."""
+    return dict(line.split(" = ", 1) for line in text.splitlines())
+
+
 def _fixed_lines(text: str) -> dict[str, str]:
-    fields = dict(line.split(" = ", 1) for line in text.splitlines())
-    return {n: v for n, v in fields.items() if not n.startswith(_FREE_FIELDS)}
+    return {n: v for n, v in fields_of(text).items() if not n.startswith(_FREE_FIELDS)}
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hstu_jax.config import train_schema
-from hstu_jax.training import checkpoint, evaluation, loop
+from hstu_jax.training import best, checkpoint, evaluation, loop
 from hstu_jax.training import run as run_lib
 from tests.training.small_config import small_config, with_two_tables
 
@@ -51,6 +51,27 @@ def straight(small_store, tmp_path_factory):
     )
     config = with_two_tables(config)
     return config, *fit(config, small_store)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "was"),
+    [
+        ("exclude_seen", False, True),
+        ("catalogue", "all", "trained"),
+        ("use_dense_ema", False, True),
+    ],
+)
+def test_a_best_that_other_rules_chose_is_not_compared(straight, field, value, was):
+    config, result, _ = straight
+    other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **{field: value}))
+    message = (
+        rf"eval\.{field}={value!r}: .*best/\d, was chosen with {was!r}, so its recall@50 cannot"
+    )
+    with pytest.raises(ValueError, match=message):
+        best.BestCheckpoint(dataclasses.replace(result.run, config=other))
+    more_cutoffs = dataclasses.replace(config.eval, top_k=(1, *config.eval.top_k))
+    same_rules = dataclasses.replace(config, eval=more_cutoffs)
+    best.BestCheckpoint(dataclasses.replace(result.run, config=same_rules)).close()
 
 
 def test_resuming_gives_the_run_that_was_never_stopped(straight, small_store, tmp_path):
