@@ -7,6 +7,7 @@ be trained and evaluated on the same kind, so all but the targets are changed in
 import dataclasses
 
 import numpy as np
+from jaxtyping import Int
 
 from hstu_jax.config import data_schema
 from hstu_jax.features.batch import Batch
@@ -20,6 +21,7 @@ def apply(
     *,
     num_contextual: int,
     is_training: bool,
+    users: Int[np.ndarray, "G U"],
     rng: np.random.Generator,
 ) -> Batch:
     """The batch without one kind of input.
@@ -29,10 +31,12 @@ def apply(
             phase is 0, positions stay. "shuffled_order": what was watched is dealt anew to the
             times of each user's history, so that neither positions nor clocks tell the order.
             "shuffled_targets": the positives of a group are dealt anew to its queries; training
-            only. "none": unchanged.
+            only. With a query at every position, of which a user's own positives would fit many,
+            no query gets one of its own user while the group has others. "none": unchanged.
         batch: on the host; not changed.
         num_contextual: C.
         is_training: whether the batch is for training.
+        users: who is in every user slot; a user of several slots is the same in all.
         rng: decides the shuffles.
     """
     if kind == "no_actions":
@@ -52,7 +56,7 @@ def apply(
     if kind == "shuffled_order":
         return _shuffle_order(batch, num_contextual, rng)
     if kind == "shuffled_targets" and is_training:
-        return _shuffle_targets(batch, rng)
+        return _shuffle_targets(batch, users, rng)
     return batch
 
 
@@ -76,12 +80,30 @@ def _shuffle_order(batch: Batch, num_contextual: int, rng: np.random.Generator) 
     )
 
 
-def _shuffle_targets(batch: Batch, rng: np.random.Generator) -> Batch:
+def _shuffle_targets(batch: Batch, users: np.ndarray, rng: np.random.Generator) -> Batch:
     positive = {name: np.array(values) for name, values in batch.positive.items()}
     log_q = np.array(batch.positive_log_q)
     for group in range(batch.query_mask.shape[0]):
         used = np.flatnonzero(batch.query_mask[group])
-        order = rng.permutation(used)
+        order = rng.permutation(used.size)
+        if batch.query_slot is not None:
+            user = users[group, batch.positive_user[group, used]]
+            _give_to_others(order, user, rng)
         for values in (*positive.values(), log_q):
-            values[group, used] = values[group, order]
+            values[group, used] = values[group, used[order]]
     return dataclasses.replace(batch, positive=positive, positive_log_q=log_q)
+
+
+def _give_to_others(order: np.ndarray, user: np.ndarray, rng: np.random.Generator) -> None:
+    """Exchanges, in place, what queries got of their own user for something of another.
+
+    `order[i]` is the query whose positive query i gets, `user[i]` who asks query i. What a user of
+    more than half of all queries cannot give away stays.
+    """
+    for query in np.flatnonzero(user[order] == user):
+        if user[order[query]] != user[query]:
+            continue  # was given away meanwhile
+        fits = np.flatnonzero((user != user[query]) & (user[order] != user[query]))
+        if fits.size:
+            other = rng.choice(fits)
+            order[[query, other]] = order[[other, query]]

@@ -268,6 +268,7 @@ class Pipeline:
             batch,
             num_contextual=self._config.num_contextual,
             is_training=self._order == "shuffled",
+            users=np.asarray(self._store.windows.user_index)[window_index],
             rng=random_streams.generator(
                 seed=seed, stream=random_streams.Stream.ABLATION, major=major
             ),

@@ -31,13 +31,14 @@ class BestCheckpoint:
             self._check_same_rules(record, where=f"{run.workdir}/best/{step}")
             self._value = record.metric_value
 
-    def _check_same_rules(self, record, *, where):
+    def _check_same_rules(self, record: checkpoint.Record, *, where: str) -> None:
         saved, ours = map(checkpoint.fields_of, (record.config, self._run.record().config))
         for name in _JUDGED_BY:
-            if saved[name] != ours[name]:
+            was = saved.get(name, "unset")  # an older version's record may lack a field
+            if was != ours[name]:
                 raise ValueError(
                     f"{name}={ours[name]}: the best checkpoint so far, {where}, was chosen with "
-                    f"{saved[name]}, so its {self._config.metric} cannot be compared with new "
+                    f"{was}, so its {self._config.metric} cannot be compared with new "
                     "ones; set it back (`python -m hstu_jax.evaluate` gives figures of any "
                     "checkpoint with other values), or move that folder away and choose anew."
                 )

@@ -99,6 +99,9 @@ def fit(
             checkpoint.check_resumable(saved, run.record(), where=where)
             state = checkpointer.restore(latest, state)
             echo(f"resumed   from {where}")
+        keeper = None  # before the log, which cuts its file where the run goes on: this may refuse
+        if config.train.keep_best.metric:
+            keeper = stack.enter_context(contextlib.closing(best.BestCheckpoint(run)))
         log = metric_log.MetricLog(
             run.workdir,
             start_step=latest or 0,
@@ -107,9 +110,6 @@ def fit(
         )
         stack.enter_context(contextlib.closing(log))
         started = time.perf_counter()
-        keeper = None
-        if config.train.keep_best.metric:
-            keeper = stack.enter_context(contextlib.closing(best.BestCheckpoint(run)))
         state = _train(run, state, checkpointer, log, saved, keeper, echo)
         checkpointer.wait()
     return FitResult(
