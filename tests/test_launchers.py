@@ -1,10 +1,15 @@
 """What a launcher's variables say, and that a plain run is seen as one."""
 
 import argparse
+import sys
 
 import pytest
 
 from hstu_jax import launchers, predict, prepare, report
+from hstu_jax.model import benchmark as stack_benchmark
+from hstu_jax.serving import benchmark as serving_benchmark
+from hstu_jax.serving import benchmark_report
+from hstu_jax.tables import benchmark as tables_benchmark
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -120,7 +125,12 @@ def test_commands_of_one_process_refuse_a_launcher_of_many(monkeypatch, capsys, 
         predict.main: ["--export_dir=e", "--input=i", "--output=o", "--tower=user"],
         prepare.main: ["sample", f"--out_dir={tmp_path}/made"],
         report.main: ["--runs", "a"],
+        stack_benchmark.main: [],
+        serving_benchmark.main: ["search"],
+        benchmark_report.main: [],
     }
+    monkeypatch.setattr(sys, "argv", ["benchmark"])  # the tables' takes them from there alone
+    commands[lambda flags: tables_benchmark.main()] = []
     for main, flags in commands.items():
         with pytest.raises(SystemExit, match="2"):
             main(flags)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hstu_jax import launchers
 from hstu_jax.model import encoder, stu
 from pallas_kernels import timing
 from pallas_kernels.hstu_attention import layout as attention_layout
@@ -151,7 +152,7 @@ def _parse(argv):
         "--implementations", default="auto,reference", help="of attention; reference is dense"
     )
     parser.add_argument("--runs", type=int, default=5)
-    return parser.parse_args(argv)
+    return launchers.parse_alone(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:

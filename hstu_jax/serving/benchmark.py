@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 
+from hstu_jax import launchers
 from hstu_jax.serving import artifact as artifact_lib
 from hstu_jax.serving import item_index, top_k
 from hstu_jax.serving.search_catalogue import TopK
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--k", type=int, default=100)
     for command in (of_latency, of_search, of_index):
         command.add_argument("--json", default="", help="file for the figures")
-    flags = parser.parse_args(argv)
+    flags = launchers.parse_alone(parser, argv)
     print(f"devices   {len(jax.devices())} {jax.devices()[0].device_kind}, jax {jax.__version__}")
     figures = _COMMANDS[flags.command](flags)
     if flags.json:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hstu_jax import launchers
 from hstu_jax.config import resolve
 from hstu_jax.serving import exporter, trained
 from hstu_jax.training import run as run_lib
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hnsw_items", type=int, default=200_000)
     parser.add_argument("--wide_length", type=int, default=_WIDE_LENGTH, help="that it reads")
     parser.add_argument("--wide_layers", type=int, default=3)
-    flags = parser.parse_args(argv)
+    flags = launchers.parse_alone(parser, argv)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         measure = _Measurement(pathlib.Path(folder), begun)
@@ -81,7 +82,9 @@ class _Measurement:
     def run(self, command: str, **flags: Any) -> dict[str, Any]:
         file = self._folder / "figures.json"
         given = [f"--{name}={value}" for name, value in flags.items()]
-        whole = [sys.executable, "-m", "hstu_jax.serving.benchmark", command, *given]
+        # A launcher that started this process did not start those: it was asked already.
+        module = [sys.executable, "-m", "hstu_jax.serving.benchmark", "--launcher=none"]
+        whole = [*module, command, *given]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command_line = [*whole, f"--json={file}"]
         done = subprocess.run(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hstu_jax import launchers
 from hstu_jax.tables import lookup, optimizers, spec, update
 
 _RULE = optimizers.RowwiseAdagrad()
@@ -92,7 +93,7 @@ def main():
     parser.add_argument("--ids", type=int, default=25_600, help="distinct ids in a step")
     parser.add_argument("--steps", type=int, default=15, help="steps in a block")
     parser.add_argument("--blocks", type=int, default=6)
-    args = parser.parse_args()
+    args = launchers.parse_alone(parser)
     print(f"jax {jax.__version__}, {jax.devices()[0]}, width {args.dim}, {args.ids} distinct ids")
     runners = [
         Runner(rows, dim=args.dim, num_ids=args.ids, num_steps=args.steps)
