@@ -39,18 +39,18 @@ class Exported:
 @pytest.fixture(scope="session")
 def exported(small_store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
-    # The least recall is called the best here, so that the best step is not the newest one.
+    # All ranks are below 10,000: the first of equal validations is the best, not the newest step.
     config = small_config(
         small_store,
         folder / "run",
         data__block_len=8,
         train__num_steps=4,
         train__save_checkpoints_steps=2,
-        train__keep_best__metric="recall@50",
-        train__keep_best__larger_is_better=False,
+        train__keep_best__metric="recall@10000",
         train__dense_optimizer__lr=0.02,
         train__sparse_optimizer__lr=0.5,
         eval__every_num_steps=2,
+        eval__top_k=(1, 5, 10, 50, 100, 10_000),
     )
     config, devices = with_two_tables(config), jax.devices()[:1]
     result = loop.fit(config, small_store, devices=devices, echo=lambda line: None)
