@@ -19,7 +19,11 @@ def figures():
     tasks = [f"compiled:{mesh}:{ROWS}" for mesh in MESHES]
     tasks.append(f"compiled:2x4:{MORE_ROWS}")
     printed = devices.run_on_devices(
-        MODULE, "exact:1x4:6", "exact:2x2:6", "joined:2x4", *tasks, num_devices=8, timeout_s=600
+        MODULE,
+        *("exact:1x4:6", "ragged:1x4", "exact:2x2:6", "ragged:2x2", "joined:2x4"),
+        *tasks,
+        num_devices=8,
+        timeout_s=600,
     )
     lines = [json.loads(line) for line in printed.splitlines()]
     return {(line["mesh"], line["rows"]): line for line in lines}
