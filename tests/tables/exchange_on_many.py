@@ -75,11 +75,10 @@ def check_ragged(mesh_shape):
     num_devices = int(np.prod(mesh_shape))
     rows = np.random.default_rng(0).integers(0, TABLE.padded_rows, (num_devices, NUM_IDS))
     rows = rows.astype(np.int32)
-    options = dict(slack=steps.TIGHT, rule=steps.SGD)
-    assert steps.check_ragged(mesh_shape, TABLE, rows, **options).all()
+    assert steps.check_ragged(mesh_shape, TABLE, rows, slack=steps.TIGHT).all()
     rows[0], rows[1] = TABLE.padded_rows, np.arange(NUM_IDS)  # no id; ids of one owner
     rows[2] = rows[1]
-    waiting = steps.check_ragged(mesh_shape, TABLE, rows, **options)
+    waiting = steps.check_ragged(mesh_shape, TABLE, rows, slack=steps.TIGHT)
     assert waiting[1] >= NUM_IDS - 3
 
 

@@ -137,7 +137,7 @@ def check_against_dense(
     return np.asarray(waiting)
 
 
-def check_ragged(mesh_shape, table, rows, *, slack, rule):
+def check_ragged(mesh_shape, table, rows, *, slack, rule=SGD):
     """Asserts that sending filled places only changes no bit; returns the ids that waited.
 
     Values are such that every sum rounds; every part of the state is compared, after two steps.

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from hstu_jax.tables import optimizers, rounds, spec
+from hstu_jax.tables import rounds, spec
 from tests.tables import exchange_steps as steps
 from tests.tables import ragged
 
 TABLE = spec.TableSpec("video", 9000, 6)
-RULE = optimizers.RowwiseAdagrad()
 # The example of `jax.lax.ragged_all_to_all`, a row for each of two devices.
 EXAMPLE = dict(
     operand=[[1, 2, 2], [3, 4, 0]],
@@ -53,13 +52,12 @@ def test_the_emulation_gives_the_documented_example_and_poison_for_sizes_that_di
 @pytest.mark.parametrize("slack", [steps.WIDE, steps.TIGHT])
 def test_two_devices_get_the_same_bits_as_from_whole_buckets(slack):
     rows, _ = steps.draw(2, table=TABLE)
-    options = dict(slack=slack, rule=RULE)
-    waiting = steps.check_ragged((1, 2), TABLE, rows, **options)
+    waiting = steps.check_ragged((1, 2), TABLE, rows, slack=slack)
     assert waiting.all() if slack == steps.TIGHT else not waiting.any()
     contiguous = np.tile(np.arange(100, 124, dtype=np.int32), (2, 1))  # the other bucket is empty
-    steps.check_ragged((1, 2), TABLE, contiguous, **options)
+    steps.check_ragged((1, 2), TABLE, contiguous, slack=slack)
     rows[1] = TABLE.padded_rows  # a device without ids
-    assert steps.check_ragged((1, 2), TABLE, rows, **options)[1] == 0
+    assert steps.check_ragged((1, 2), TABLE, rows, slack=slack)[1] == 0
 
 
 def test_writing_answers_where_they_stand_at_their_sender_is_caught(monkeypatch):
@@ -76,7 +74,7 @@ def test_writing_answers_where_they_stand_at_their_sender_is_caught(monkeypatch)
     steps.compile_step.cache_clear()
     with pytest.raises(AssertionError, match="not equal"):
         rows, _ = steps.draw(2, table=TABLE)
-        steps.check_ragged((1, 2), TABLE, rows, slack=steps.WIDE, rule=RULE)
+        steps.check_ragged((1, 2), TABLE, rows, slack=steps.WIDE)
     steps.compile_step.cache_clear()
 
 
@@ -84,8 +82,8 @@ def test_writing_answers_where_they_stand_at_their_sender_is_caught(monkeypatch)
 @pytest.mark.parametrize("is_ragged", [False, True])
 def test_programs_of_accelerators_have_the_real_one_where_asked_for(platform, is_ragged):
     """Lowered with the check of varying axes, for devices that are not here."""
-    step = steps.compile_step((1, 2), rule=RULE, is_ragged=is_ragged, check_vma=True)
-    arguments = (steps.start(TABLE, RULE), *map(jnp.asarray, steps.draw(2, table=TABLE)))
+    step = steps.compile_step((1, 2), is_ragged=is_ragged, check_vma=True)
+    arguments = (steps.start(TABLE), *map(jnp.asarray, steps.draw(2, table=TABLE)))
     text = step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
     # Ids and rows to fetch, ids and gradients to update; beside them the counts of both.
     assert text.count("@ragged_all_to_all") == (4 if is_ragged else 0)
