@@ -49,7 +49,7 @@ def test_the_emulation_gives_the_documented_example_and_poison_for_sizes_that_di
     assert wrong[0] == [1, 3, 0, 0] and ragged.POISON in wrong[1]
 
 
-@pytest.mark.parametrize("slack", [steps.WIDE, steps.TIGHT])
+@pytest.mark.parametrize("slack", [steps.WIDE, pytest.param(steps.TIGHT, marks=pytest.mark.long)])
 def test_two_devices_get_the_same_bits_as_from_whole_buckets(slack):
     rows, _ = steps.draw(2, table=TABLE)
     waiting = steps.check_ragged((1, 2), TABLE, rows, slack=slack)
@@ -65,17 +65,16 @@ def test_writing_answers_where_they_stand_at_their_sender_is_caught(monkeypatch)
 
     def own_offsets(keys, level, low):
         now = next_round(keys, level, low)
-        if now.asked is None:
-            return now
         return dataclasses.replace(now, asked=now.asked.at[:, 0].set(now.start))
 
+    rows, cotangent = steps.draw(2, table=TABLE)
+    want, _ = steps.dense_sgd(steps.start(TABLE).weights, rows, cotangent)
     next_round = rounds.next_round
     monkeypatch.setattr(rounds, "next_round", own_offsets)
-    steps.compile_step.cache_clear()
-    with pytest.raises(AssertionError, match="not equal"):
-        rows, _ = steps.draw(2, table=TABLE)
-        steps.check_ragged((1, 2), TABLE, rows, slack=steps.WIDE)
-    steps.compile_step.cache_clear()
+    step = steps.compile_step.__wrapped__((1, 2), is_ragged=True)  # no other test's program
+    with ragged.emulated():
+        _, got, _ = step(steps.start(TABLE), jnp.asarray(rows), jnp.asarray(cotangent))
+    assert np.any(np.asarray(got) != want)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

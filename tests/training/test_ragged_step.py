@@ -100,6 +100,7 @@ def test_a_dry_run_says_at_most(run, lowered, config, small_store, monkeypatch):
     assert "room for what all-to-all brings; it is sent from where it lies" in text
 
 
+@pytest.mark.long
 def test_the_model_of_many_devices_counts_the_room(config, small_store, monkeypatch):
     one = dataclasses.replace(config, data=dataclasses.replace(config.data, num_groups=1))
     tower = dataclasses.replace(one.model.user_tower, encoder="hstu")
