@@ -4,6 +4,7 @@ What the fields do is in `hstu_jax/training/partition.py` and `hstu_jax/tables/e
 """
 
 import dataclasses
+from typing import Literal
 
 from hstu_jax.config.checks import require
 
@@ -18,7 +19,9 @@ class MeshConfig:
     chips of a host share go once. With one chip a host, or one host, there is one level, and
     `exchange_slack` is its room, between hosts too. Embedding tables of at most
     `replicated_table_bytes` are whole on every device, larger ones split over all; 0 splits all.
-    All three change time and memory, no result.
+    `exchange` says what of that room is sent: all of it ("padded"), the filled places only
+    ("ragged"), or whichever is known to be the faster on the devices ("auto"). These four change
+    time and memory, no result.
     """
 
     host: int = 1
@@ -26,6 +29,7 @@ class MeshConfig:
     exchange_slack: float = 1.25
     host_exchange_slack: float = 1.25
     replicated_table_bytes: int = 262_144
+    exchange: Literal["auto", "padded", "ragged"] = "auto"
 
     def __post_init__(self):
         for name in ("host", "chip"):

@@ -64,5 +64,6 @@ OWN: dict[str, str] = {
     "mesh.chip": "devices of the second mesh axis",
     "mesh.replicated_table_bytes": "tables up to this size are whole on every device",
     "mesh.host_exchange_slack": "the same between hosts, where a host's chips share what they send",
+    "mesh.exchange": "what of the room for ids is sent: all, filled places only, or by the devices",
     "mesh.exchange_slack": "room for ids on their way between devices, times an even share",
 }

@@ -28,6 +28,7 @@ def fetch(
     axis_names: AxisNames,
     slack: float,
     host_slack: float,
+    is_ragged: bool = False,
 ) -> tuple[Float[Array, "capacity dim"], Int[Array, ""]]:
     """The rows that this device's `unique` names, wherever they live.
 
@@ -38,6 +39,7 @@ def fetch(
         slack: size of the buckets, see `rounds.bucket_size`; changes time and memory, no result.
         host_slack: in two levels, the same of the buckets between hosts; one level has `slack`,
             between hosts too.
+        is_ragged: send filled places of buckets only (`rounds.py`); changes no result.
 
     Returns:
         The same as `lookup.gather` on the whole table, bit for bit; and the number of ids that this
@@ -45,7 +47,7 @@ def fetch(
     """
     if weights.shape[0] == unique.sentinel:
         return lookup.gather(weights, unique), jnp.int32(0)
-    levels = _levels(unique, axis_names, (slack, host_slack))
+    levels = _levels(unique, axis_names, (slack, host_slack), is_ragged)
     keys, order = _first_keys(unique, levels)
     values, num_waiting = _fetch(weights, keys, levels)
     if order is not None:
@@ -71,9 +73,8 @@ def _fetch(weights, keys, levels):
         places = rounds.send_keys(keys, level, now)
         answers, num_waiting_below = answer(places.reshape(-1))
         answers = answers.reshape(*places.shape, -1)
-        returned, is_now = rounds.return_values(answers, keys, level, now)
+        values = rounds.return_values(answers, keys, level, now, values=values)
         num_left = jnp.where(low == 0, _num_real(keys, level) - jnp.sum(now.count), 0)
-        values = jnp.where(is_now[:, None], returned, values)
         return now.high, values, num_waiting + num_left + num_waiting_below
 
     varying = 0 * keys[0]  # shard_map asks that a carry differ over the devices from the start on
@@ -93,6 +94,7 @@ def apply(
     axis_names: AxisNames,
     slack: float,
     host_slack: float,
+    is_ragged: bool = False,
     rule: optimizers.Rule,
     learning_rate: float | Float[Array, ""],
     iteration: int | Int[Array, ""] = 1,
@@ -110,6 +112,7 @@ def apply(
         axis_names: as in `fetch`.
         slack: same.
         host_slack: same.
+        is_ragged: same.
         rule: see `update.apply`, as the rest.
         learning_rate: same.
         iteration: same.
@@ -132,7 +135,7 @@ def apply(
         if jax.lax.axis_size(axis_names) > 1:
             unique, row_gradients = _sum_whole(unique, row_gradients, axis_names)
         return update_rows(state, unique, row_gradients)
-    levels = _levels(unique, axis_names, (slack, host_slack))
+    levels = _levels(unique, axis_names, (slack, host_slack), is_ragged)
     keys, order = _first_keys(unique, levels)
     gradients = row_gradients if order is None else row_gradients[order]
     return _apply(state, keys, gradients, levels, update_rows)
@@ -182,7 +185,7 @@ def _sum_whole(unique, gradients, axis_names):
 
 
 def _levels(
-    unique: lookup.UniqueRows, axis_names: AxisNames, slacks: tuple[float, float]
+    unique: lookup.UniqueRows, axis_names: AxisNames, slacks: tuple[float, float], is_ragged: bool
 ) -> list[rounds.Level]:
     """The all-to-alls on the way to an owner: along the last axis first, if two have any length."""
     names = (axis_names,) if isinstance(axis_names, str) else axis_names
@@ -206,6 +209,7 @@ def _levels(
                 num_buckets=num_buckets,
                 width=width,
                 bucket_size=size,
+                is_ragged=is_ragged,
             )
         )
         num_keys, capacity = width, min(num_buckets * size, width)

@@ -5,6 +5,9 @@ place there. Keys are ascending and distinct on every device, so the keys of a b
 and those of a range of places are one run in it. A round is a range of places, the same on every
 device, in which no device has more keys for a bucket than fit: nothing is ever dropped, and all
 that is sent about a row is sent in one round. What is sent and answered is in `exchange.py`.
+
+A bucket is sent whole, empty places included, or, where the platform has `lax.ragged_all_to_all`,
+its filled places only. What arrives is the same in both, and lies in the same places.
 """
 
 import dataclasses
@@ -13,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 # Buckets are made as for this many keys at least. Few keys do not spread evenly, and tables of a
 # few thousand rows are not spread at all (`spec.TableSpec`); their rows are cheap to send.
@@ -30,6 +33,7 @@ class Level:
         num_buckets: devices along `axis_names`.
         width: places of a bucket; keys of num_buckets * width or more are none.
         bucket_size: most keys that a device sends to another in one round.
+        is_ragged: send filled places only; XLA's CPU backend cannot.
     """
 
     axis_names: tuple[str, ...]
@@ -37,6 +41,7 @@ class Level:
     num_buckets: int
     width: int
     bucket_size: int
+    is_ragged: bool = False
 
     @property
     def num_keys(self) -> int:
@@ -54,12 +59,15 @@ class Round:
         high: [] int32, the place behind its last one; the same on every device.
         start: [num_buckets] int32, position of the first key of every bucket that is sent.
         count: [num_buckets] int32, number of keys sent; at most `bucket_size`.
+        asked: [num_buckets, 2] int32, `start` and `count` of the keys that every other device sends
+            to this one; None where whole buckets are sent.
     """
 
     low: Any
     high: Any
     start: Any
     count: Any
+    asked: Any = None
 
 
 def bucket_size(*, num_keys: int, capacity: int, num_buckets: int, width: int, slack: float) -> int:
@@ -94,7 +102,10 @@ def next_round(keys: Int[Array, "capacity"], level: Level, low: Int[Array, ""]) 
     fits_until = jnp.minimum(jnp.min(over - first), level.width)
     high = jax.lax.pmin(fits_until, level.all_axis_names)
     end = jnp.searchsorted(keys, first + high, method="compare_all").astype(jnp.int32)
-    return Round(low, high, start, end - start)
+    asked = None
+    if level.is_ragged:
+        asked = _swap(jnp.stack([start, end - start], axis=1), level)
+    return Round(low, high, start, end - start, asked)
 
 
 def send_keys(
@@ -104,6 +115,9 @@ def send_keys(
 
     Every line is ascending; `level.width` where nothing was sent.
     """
+    if level.is_ragged:  # their owner makes places of the keys
+        own_first = level.width * jax.lax.axis_index(level.axis_names)
+        return _send_filled(keys, level, now, nothing=own_first + level.width) - own_first
     slot, is_sent = _slots(level, now)
     first = level.width * jnp.arange(level.num_buckets, dtype=jnp.int32)
     places = keys.at[slot].get(mode="clip") - first[:, None]
@@ -114,6 +128,8 @@ def send_values(
     values: Float[Array, "capacity dim"], level: Level, now: Round
 ) -> Float[Array, "buckets bucket_size dim"]:
     """Values that the other devices send with their keys; zeros where nothing was sent."""
+    if level.is_ragged:
+        return _send_filled(values, level, now, nothing=0)
     slot, is_sent = _slots(level, now)
     picked = values.at[slot].get(mode="clip")
     return _swap(jnp.where(is_sent[:, :, None], picked, 0), level)
@@ -124,28 +140,59 @@ def return_values(
     keys: Int[Array, "capacity"],
     level: Level,
     now: Round,
-) -> tuple[Float[Array, "capacity dim"], Bool[Array, "capacity"]]:
-    """Answers on their way back: (values in the order of `keys`, which of them are of this round).
+    *,
+    values: Float[Array, "capacity dim"],
+) -> Float[Array, "capacity dim"]:
+    """`values`, in the order of `keys`, with the answers to this round's keys written into them.
 
     Args:
         answers: what this device answers to the lines of `send_keys`.
         keys: as given to `send_keys`.
         level: same.
         now: same.
+        values: those of earlier rounds.
     """
+    if level.is_ragged:  # every answer goes where its key stands at the device that asked
+        return jax.lax.ragged_all_to_all(
+            answers.reshape(-1, answers.shape[-1]),
+            values,
+            level.bucket_size * jnp.arange(level.num_buckets, dtype=jnp.int32),
+            now.asked[:, 1],
+            now.asked[:, 0],
+            now.count,
+            axis_name=level.axis_names,
+        )
     returned = _swap(answers, level).reshape(-1, answers.shape[-1])
     bucket = jnp.minimum(keys // level.width, level.num_buckets - 1)
     place = keys - bucket * level.width
     position = jnp.arange(keys.shape[0], dtype=jnp.int32)
     slot = bucket * level.bucket_size + position - now.start[bucket]
     is_now = (place >= now.low) & (place < now.high)
-    return returned.at[slot].get(mode="clip"), is_now
+    return jnp.where(is_now[:, None], returned.at[slot].get(mode="clip"), values)
 
 
 def _slots(level: Level, now: Round):
     """Position of the key in every slot of every bucket, and whether there is one."""
     slot = jnp.arange(level.bucket_size, dtype=jnp.int32)[None, :]
     return now.start[:, None] + slot, slot < now.count[:, None]
+
+
+def _send_filled(operand, level: Level, now: Round, *, nothing):
+    """This round's part of `operand` (by key) to the keys' owners; `nothing` in empty places."""
+    shape = (level.num_buckets * level.bucket_size, *operand.shape[1:])
+    # The zero tells shard_map that what arrives differs over all devices, as the keys do.
+    output = jnp.full(shape, nothing, operand.dtype) + (0 * now.start[0]).astype(operand.dtype)
+    own_line = level.bucket_size * jax.lax.axis_index(level.axis_names)
+    received = jax.lax.ragged_all_to_all(
+        operand,
+        output,
+        now.start,
+        now.count,
+        jnp.full_like(now.start, own_line),
+        now.asked[:, 1],
+        axis_name=level.axis_names,
+    )
+    return received.reshape(level.num_buckets, level.bucket_size, *operand.shape[1:])
 
 
 def _swap(lines, level: Level):

@@ -68,6 +68,8 @@ class Collective:
 
         In one, of g devices with a result of R bytes on each: R (g - 1) / g for all-to-all and
         all-gather, 2 R (g - 1) / g for all-reduce, R (g - 1) for reduce-scatter, R for the others.
+        Of a ragged-all-to-all R is the room for what arrives, filled or not: R (g - 1) / g would
+        be sent if all of it were filled, and the program does not tell how much is.
         """
         share = (self.group_size - 1) / self.group_size
         factor = {

@@ -8,7 +8,7 @@ Nothing is written. Not here: times (`scaling.py` models them).
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -50,9 +50,10 @@ class DryRun:
 
     @property
     def exchange(self) -> int:
-        """What arrives by all-to-all, in all tables together; as much is laid out to be sent.
+        """Room for what arrives by all-to-all, in all tables together.
 
-        Memory: the batches of an accumulating step use it one after the other.
+        As much is laid out to be sent, unless the exchange sends filled places only. Memory: the
+        batches of an accumulating step use it one after the other.
         """
         return sum(each.result_bytes for each in self.collectives if "all-to-all" in each.kind)
 
@@ -182,7 +183,7 @@ def _memory(found: DryRun) -> list[str]:
         ("their optimizer state", per_device_bytes(slots)),
         ("batch", per_device_bytes(found.batch)),
         ("temporaries of the compiled step: activations, gradients, exchange", found.temporaries),
-        ("  received by all-to-all; as much lies ready to be sent", found.exchange),
+        (_received(found.collectives), found.exchange),
         ("results beside the state (metrics)", found.results - found.reused),
         ("all of a step", found.total),
     ]
@@ -193,11 +194,26 @@ def _memory(found: DryRun) -> list[str]:
     ]
 
 
+def _is_ragged(found: Iterable[collectives.Collective]) -> bool:
+    return any(each.kind == "ragged-all-to-all" for each in found)
+
+
+def _received(found: Iterable[collectives.Collective]) -> str:
+    if _is_ragged(found):
+        return "  room for what all-to-all brings; it is sent from where it lies"
+    return "  received by all-to-all; as much lies ready to be sent"
+
+
 def _beside_parameters(state) -> int:
     return per_device_bytes((state.opt_state, state.ema, state.batch_stats, state.step))
 
 
-def _traffic(found: Iterable[collectives.Collective]) -> list[str]:
+def _bound(found: Iterable[collectives.Collective]) -> str:
+    # How many places are filled is known by the data alone.
+    return "at most " if _is_ragged(found) else ""
+
+
+def _traffic(found: Sequence[collectives.Collective]) -> list[str]:
     """A line for every kind of collective and number of devices in a group."""
     by_kind: dict[tuple[str, int], list[collectives.Collective]] = {}
     for each in found:
@@ -211,9 +227,10 @@ def _traffic(found: Iterable[collectives.Collective]) -> list[str]:
         largest = max(each.result_bytes for each in members)
         runs = sum(each.times for each in members)
         lines.append(
-            f"  {runs:3} {kind} among {group_size} devices: each sends "
+            f"  {runs:3} {kind} among {group_size} devices: each sends {_bound(members)}"
             f"{sent:,.0f} bytes ({size_text(sent)}); the largest brings {size_text(largest)}"
         )
     total = sum(each.sent_bytes for members in by_kind.values() for each in members)
-    lines.append(f"  each device sends {total:,.0f} bytes in all ({size_text(total)})")
+    bound = _bound(found)
+    lines.append(f"  each device sends {bound}{total:,.0f} bytes in all ({size_text(total)})")
     return lines

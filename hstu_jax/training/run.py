@@ -122,7 +122,9 @@ def build_run(
     num_steps = _num_steps(config.train, pipeline)
     ends = _epoch_ends(config.train, pipeline, num_steps)
     program = step.make_program(
-        config, run_length=schedules.RunLength(num_steps=num_steps, epoch_ends=ends)
+        config,
+        run_length=schedules.RunLength(num_steps=num_steps, epoch_ends=ends),
+        is_ragged=partition.is_ragged(config.mesh, mesh),
     )
 
     def bind(function):
@@ -284,6 +286,11 @@ def _where(run: Run, table: str) -> str:
     return " split" if is_split else " on every device"
 
 
+def _exchange(run: Run) -> str:
+    how = "filled places only (ragged)" if run.program.is_ragged else "whole buckets (padded)"
+    return f"exchange of ids and rows: sends {how}; mesh.exchange={run.config.mesh.exchange!r}"
+
+
 def describe(run: Run, state: state_lib.TrainState) -> str:
     """The banner of a run: devices, data, parameters, shapes.
 
@@ -316,6 +323,7 @@ def describe(run: Run, state: state_lib.TrainState) -> str:
             f"          an epoch: {epoch.windows:,} windows, {epoch.tokens / epoch.slots:.0%} of "
             f"the slots used; {epoch.truncated_windows:,} windows lost their oldest items "
             f"({epoch.dropped_tokens:,}), {epoch.empty_histories:,} have no history",
+            *([f"          {_exchange(run)}"] if run.mesh.size > 1 else []),
             *([f"          {evenness}"] if evenness else []),
             *([f"          {hard}"] if hard else []),
             *(f"          {note}" for note in run.pipeline.notes),

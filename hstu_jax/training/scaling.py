@@ -77,8 +77,9 @@ def traffic(each: collectives.Collective, *, devices_per_host: int) -> Traffic:
     """Bytes that a device sends in all runs of a collective, to its own host and to others.
 
     A group of g devices, k of them on each of m hosts; R bytes of result on each device.
-    All-to-all: R (k - 1) / g and R (g - k) / g. All-reduce: reduced within the host, then each
-    device its part between hosts, then gathered: 2 R (k - 1) / k and 2 R (m - 1) / (m k).
+    All-to-all: R (k - 1) / g and R (g - k) / g; ragged, the same if all its room is filled.
+    All-reduce: reduced within the host, then each device its part between hosts, then gathered:
+    2 R (k - 1) / k and 2 R (m - 1) / (m k).
     All-gather: R (k - 1) / k and R (m - 1) / (m k). Reduce-scatter: the same of its input, g R.
 
     Args:
@@ -91,7 +92,7 @@ def traffic(each: collectives.Collective, *, devices_per_host: int) -> Traffic:
     hosts = [device // devices_per_host for device in each.group]
     g, m, k = len(hosts), len(set(hosts)), hosts.count(hosts[0])
     size = each.times * each.result_bytes
-    if each.kind == "all-to-all":
+    if each.kind in ("all-to-all", "ragged-all-to-all"):
         return Traffic(size * (k - 1) / g, size * (g - k) / g)
     factors = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": float(g)}
     if each.kind not in factors:
@@ -219,6 +220,11 @@ def report(
     return "\n".join(lines)
 
 
+_SAYS_AT_MOST = (
+    "mesh.exchange='ragged': filled places only are sent, at most what is below, which is all the "
+    "room; how much of it the distinct ids of a step fill, its data alone can tell."
+)
+
 _HEAD = (
     "| devices | mesh | all-to-all with | state GiB | sent in the host MB | between hosts MB "
     "| exchange ms | step ms | efficiency |"
@@ -234,7 +240,10 @@ def _program(config, host, chip):
     config = dataclasses.replace(config, model=model, mesh=sizes)
     axis_types = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.sharding.AbstractMesh((host, chip), partition.AXES, axis_types=axis_types)
-    return step.make_program(config, run_length=schedules.RunLength(num_steps=1)), mesh
+    # "auto" sends whole buckets on GPUs.
+    is_ragged = config.mesh.exchange == "ragged"
+    run_length = schedules.RunLength(num_steps=1)
+    return step.make_program(config, run_length=run_length, is_ragged=is_ragged), mesh
 
 
 def _compute(config, found, hidden_flops, shape, rates):
@@ -270,6 +279,8 @@ def _compute(config, found, hidden_flops, shape, rates):
         f"mesh.exchange_slack={config.mesh.exchange_slack}, "
         f"host_exchange_slack={config.mesh.host_exchange_slack} (two levels).",
     ]
+    if config.mesh.exchange == "ragged":
+        lines.append(_SAYS_AT_MOST)
     return seconds, lines
 
 

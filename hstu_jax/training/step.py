@@ -39,6 +39,7 @@ class Program:
         optimizer: of the dense parameters.
         table_rule: optimizer of the tables.
         run_length: what the schedules know of the run.
+        is_ragged: the exchange sends filled places only (`partition.is_ragged`).
     """
 
     config: schema.Config
@@ -48,14 +49,17 @@ class Program:
     optimizer: optax.GradientTransformation
     table_rule: optimizers.Rule
     run_length: schedules.RunLength
+    is_ragged: bool = False
 
     def spec(self, table: str) -> table_spec.TableSpec:
         """The table of that name."""
         return next(spec for spec in self.specs if spec.name == table)
 
 
-def make_program(config: schema.Config, *, run_length: schedules.RunLength) -> Program:
-    """The steps of a configuration."""
+def make_program(
+    config: schema.Config, *, run_length: schedules.RunLength, is_ragged: bool = False
+) -> Program:
+    """The steps of a configuration; arguments as in `Program`."""
     features = config.all_features
     specs = {
         table: table_spec.TableSpec(
@@ -76,6 +80,7 @@ def make_program(config: schema.Config, *, run_length: schedules.RunLength) -> P
         optimizer=optimizer_lib.dense_optimizer(config.train.dense_optimizer, run=run_length),
         table_rule=table_rule(config.train.sparse_optimizer),
         run_length=run_length,
+        is_ragged=is_ragged,
     )
 
 
@@ -257,6 +262,7 @@ def update_tables(
             axis_names=partition.AXES,
             slack=program.config.mesh.exchange_slack,
             host_slack=program.config.mesh.host_exchange_slack,
+            is_ragged=program.is_ragged,
             rule=program.table_rule,
             learning_rate=rate,
             iteration=iteration,
@@ -367,6 +373,7 @@ def fetch(
             axis_names=partition.AXES,
             slack=program.config.mesh.exchange_slack,
             host_slack=program.config.mesh.host_exchange_slack,
+            is_ragged=program.is_ragged,
         )
         num_waiting += waiting
     return unique, picked, num_waiting

@@ -178,6 +178,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
                 axis_names=partition.AXES,
                 slack=run.config.mesh.exchange_slack,
                 host_slack=run.config.mesh.host_exchange_slack,
+                is_ragged=program.is_ragged,
                 rule=program.table_rule,
                 learning_rate=1e-3,
             )

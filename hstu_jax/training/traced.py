@@ -30,6 +30,7 @@ _KINDS = {
     "psum": "all-reduce",
     "psum2": "all-reduce",
     "psum_invariant": "all-reduce",
+    "ragged_all_to_all": "ragged-all-to-all",
     "reduce_scatter": "reduce-scatter",
 }
 # These name mesh axes and send nothing.

@@ -95,6 +95,7 @@ def test_unknown_field_of_a_feature_names_the_nearest():
             -1,
             r"mesh\.replicated_table_bytes=-1: must not be negative; 0 splits every table",
         ),
+        ("mesh.exchange", "raged", r"mesh\.exchange='raged': unknown choice; did you mean 'ragg"),
         (
             "mesh.exchange_slack",
             0.0,

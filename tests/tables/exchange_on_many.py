@@ -3,9 +3,10 @@
     python -m tests.tables.exchange_on_many exact:2x2:20 joined:2x4 compiled:1x8:400000
 
 `exact` draws ids by hypothesis, so many times, and compares with the dense step; `joined` has all
-chips of a host ask for the same ids through buckets that hold them only if they go once; `compiled`
-prints a line of JSON about the step of a table with so many rows. The number of CPU devices is
-fixed when JAX starts, and the test session has two.
+chips of a host ask for the same ids through buckets that hold them only if they go once; `ragged`
+compares whole buckets with filled places alone; `compiled` prints a line of JSON about the step of
+a table with so many rows. The number of CPU devices is fixed when JAX starts, and the test session
+has two.
 """
 
 import functools
@@ -69,6 +70,18 @@ def check_joined(mesh_shape):
     assert waiting.all()
 
 
+def check_ragged(mesh_shape):
+    """Filled places alone and whole buckets: the same bits, also where ids wait at both levels."""
+    num_devices = int(np.prod(mesh_shape))
+    rows = np.random.default_rng(0).integers(0, TABLE.padded_rows, (num_devices, NUM_IDS))
+    rows = rows.astype(np.int32)
+    assert steps.check_ragged(mesh_shape, TABLE, rows, slack=steps.TIGHT).all()
+    rows[0], rows[1] = TABLE.padded_rows, np.arange(NUM_IDS)  # no id; ids of one owner
+    rows[2] = rows[1]
+    waiting = steps.check_ragged(mesh_shape, TABLE, rows, slack=steps.TIGHT)
+    assert waiting[1] >= NUM_IDS - 3
+
+
 def compiled_figures(mesh_shape, num_rows):
     """Memory and traffic of a compiled step of a large table, from shapes alone."""
     table, rule = spec.TableSpec("t", num_rows, DIM), optimizers.RowwiseAdagrad()
@@ -105,10 +118,14 @@ def main(*tasks: str) -> None:
             check_exact(shape, num_examples=int(count[0]))
         elif what == "joined":
             check_joined(shape)
+        elif what == "ragged":
+            check_ragged(shape)
         elif what == "compiled":
             print(json.dumps(compiled_figures(shape, int(count[0]))), flush=True)
         else:
-            raise ValueError(f"task={task!r}: must begin with 'exact:', 'joined:' or 'compiled:'.")
+            raise ValueError(
+                f"task={task!r}: must begin with 'exact:', 'joined:', 'ragged:' or 'compiled:'."
+            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One step of the exchange on a mesh, and the same step on the whole table in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from hstu_jax.tables import exchange, lookup, optimizers, spec, update
+from tests.tables import ragged
 
 AXES = ("host", "chip")
 SGD = optimizers.Sgd()
@@ -20,15 +22,16 @@ def make_mesh(shape):
     return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
 
 
-def local_step(state, rows, cotangent, *, slack, host_slack, rule, is_whole, iteration=1):
+def local_step(
+    state, rows, cotangent, *, slack, host_slack, rule, is_whole, is_ragged, iteration=1
+):
     """A device's part of a step: its block, its vectors before the step, its ids that waited."""
     num_rows = state.weights.shape[0] * (1 if is_whole else jax.lax.axis_size(AXES))
     shape = cotangent.shape
     rows = rows.reshape(-1)
     unique = lookup.unique_rows(rows, capacity=rows.size, sentinel=num_rows)
-    picked, waiting = exchange.fetch(
-        state.weights, unique, axis_names=AXES, slack=slack, host_slack=host_slack
-    )
+    sending = dict(axis_names=AXES, slack=slack, host_slack=host_slack, is_ragged=is_ragged)
+    picked, waiting = exchange.fetch(state.weights, unique, **sending)
 
     def loss(picked):
         vectors = lookup.expand(picked, unique)
@@ -40,9 +43,7 @@ def local_step(state, rows, cotangent, *, slack, host_slack, rule, is_whole, ite
         state,
         unique,
         gradients,
-        axis_names=AXES,
-        slack=slack,
-        host_slack=host_slack,
+        **sending,
         rule=rule,
         learning_rate=0.5,
         iteration=iteration,
@@ -52,7 +53,14 @@ def local_step(state, rows, cotangent, *, slack, host_slack, rule, is_whole, ite
 
 @functools.cache
 def compile_step(
-    mesh_shape, *, slack=WIDE, host_slack=None, rule=SGD, check_vma=False, is_whole=False
+    mesh_shape,
+    *,
+    slack=WIDE,
+    host_slack=None,
+    rule=SGD,
+    check_vma=False,
+    is_whole=False,
+    is_ragged=False,
 ):
     """The step of a mesh shape, jitted: (state, rows by device, cotangents) -> local_step's.
 
@@ -62,7 +70,12 @@ def compile_step(
     split = PartitionSpec(AXES)
     block = PartitionSpec() if is_whole else split
     step = functools.partial(
-        local_step, slack=slack, host_slack=host_slack, rule=rule, is_whole=is_whole
+        local_step,
+        slack=slack,
+        host_slack=host_slack,
+        rule=rule,
+        is_whole=is_whole,
+        is_ragged=is_ragged,
     )
     mapped = jax.shard_map(
         step,
@@ -122,3 +135,26 @@ def check_against_dense(
     np.testing.assert_array_equal(np.asarray(got), vectors.astype(np.float32))
     np.testing.assert_array_equal(np.asarray(state.weights), after.astype(np.float32))
     return np.asarray(waiting)
+
+
+def check_ragged(mesh_shape, table, rows, *, slack, rule=SGD):
+    """Asserts that sending filled places only changes no bit; returns the ids that waited.
+
+    Values are such that every sum rounds; every part of the state is compared, after two steps.
+    """
+    rng = np.random.default_rng(2)
+    weights = rng.normal(size=(table.padded_rows, table.dim)).astype(np.float32)
+    cotangent = jnp.asarray(rng.normal(size=(*rows.shape, table.dim)).astype(np.float32))
+    ends = []
+    for is_ragged in (False, True):
+        step = compile_step(mesh_shape, slack=slack, rule=rule, is_ragged=is_ragged)
+        state = dataclasses.replace(start(table, rule), weights=jnp.asarray(weights))
+        with ragged.emulated():
+            for _ in range(2):
+                state, vectors, waiting = step(state, jnp.asarray(rows), cotangent)
+        ends.append(jax.device_get((state, vectors, waiting)))
+    padded, filled = (jax.tree.leaves(end) for end in ends)
+    for want, got in zip(padded, filled, strict=True):
+        np.testing.assert_array_equal(got.view(np.int32), want.view(np.int32))
+    assert np.any(ends[0][0].weights != weights)
+    return np.asarray(ends[1][2])

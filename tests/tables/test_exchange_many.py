@@ -19,7 +19,11 @@ def figures():
     tasks = [f"compiled:{mesh}:{ROWS}" for mesh in MESHES]
     tasks.append(f"compiled:2x4:{MORE_ROWS}")
     printed = devices.run_on_devices(
-        MODULE, "exact:1x4:6", "exact:2x2:6", "joined:2x4", *tasks, num_devices=8, timeout_s=600
+        MODULE,
+        *("exact:1x4:6", "exact:2x2:6", "ragged:2x2", "joined:2x4"),
+        *tasks,
+        num_devices=8,
+        timeout_s=600,
     )
     lines = [json.loads(line) for line in printed.splitlines()]
     return {(line["mesh"], line["rows"]): line for line in lines}
@@ -59,5 +63,5 @@ def test_traffic_is_that_of_the_ids_whatever_the_rows_and_devices(figures):
 @pytest.mark.long
 def test_four_and_eight_devices_are_exact_on_many_draws():
     meshes = ("1x4", "2x2", "1x8", "2x4", "4x2", "8x1")
-    tasks = (f"exact:{mesh}:20" for mesh in meshes)
+    tasks = [task for mesh in meshes for task in (f"exact:{mesh}:20", f"ragged:{mesh}")]
     devices.run_on_devices(MODULE, *tasks, num_devices=8, timeout_s=1200)

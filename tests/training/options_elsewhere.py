@@ -292,6 +292,11 @@ SHOWN_ELSEWHERE = (
         ),
     ),
     (
+        "training/test_ragged_step.py",
+        "test_the_mesh_decides_what_a_runs_steps_send",
+        ("mesh.exchange",),
+    ),
+    (
         "training/test_dry_run.py",
         "test_the_command_prints_and_neither_allocates_nor_writes",
         ("train.dry_run",),

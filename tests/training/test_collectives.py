@@ -44,6 +44,11 @@ LINES = [
         ("all-gather", 16, 8, 14),
     ),
     ("  %g = f8e4m3fn[3]{0} collective-broadcast(%x)", ("collective-broadcast", 3, 8, 3)),
+    (
+        "  %j = f32[40,2]{1,0} ragged-all-to-all(%rows, %room, %from, %sizes, %to, %received), "
+        "channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}",
+        ("ragged-all-to-all", 320, 2, 160),
+    ),
 ]
 
 
@@ -53,7 +58,7 @@ def test_the_devices_of_a_group():
     everyone = tuple(range(8))
     assert groups == [
         *((0, 4), everyone, (0, 2, 4, 6), everyone, (0, 1, 2, 3)),
-        *(everyone, (0, 1, 2, 3), everyone, everyone),
+        *(everyone, (0, 1, 2, 3), everyone, everyone, (0, 4)),
     ]
     assert collectives.group_along(["host"], {"host": 2, "chip": 4}) == (0, 4)
 

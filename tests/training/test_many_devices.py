@@ -59,6 +59,15 @@ def test_eight_devices_train_like_one(small_store, tmp_path):
 
 
 @pytest.mark.long
+def test_filled_places_alone_train_to_the_same_bits(small_store, tmp_path):
+    tasks = ["ragged:2x2:0.02", "ragged:1x4:1.25"]
+    tight, wide = run_tasks(small_store, tmp_path, tasks, num_devices=4)
+    for line in (tight, wide):
+        assert line["loss"] == line["params"] == line["tables"] == 0.0 < line["moved"]
+    assert tight["waited"] > 100 and wide["waited"] == 0
+
+
+@pytest.mark.long
 def test_compiled_steps_move_no_table_and_grow_with_nothing_but_the_batch(small_store, tmp_path):
     meshes = ("1x2:2000000", "1x2:4000000", "1x4:2000000", "1x8:2000000", "2x4:2000000")
     tasks = [*(f"compiled:{mesh}" for mesh in meshes), "shared:1x4:2000000"]

@@ -1,6 +1,9 @@
 """Meshes that do not fit their devices are refused; runs on several devices show the rest."""
 
+from unittest import mock
+
 import jax
+import numpy as np
 import pytest
 
 from hstu_jax.config import schema
@@ -38,3 +41,33 @@ def test_groups_and_stripes_must_divide_over_the_devices(num_devices, num_groups
     mesh = jax.sharding.AbstractMesh((1, num_devices), partition.AXES, axis_types=axis_types)
     with pytest.raises(ValueError, match=message):
         partition.check_groups(num_groups, mesh)
+
+
+def mesh_of(platform):
+    device = mock.Mock(spec=jax.Device, platform=platform)
+    return mock.Mock(spec=jax.sharding.Mesh, devices=np.array([[device, device]]))
+
+
+@pytest.mark.parametrize(
+    ("exchange", "platform", "want"),
+    [
+        ("auto", "cpu", False),
+        ("auto", "gpu", False),
+        ("auto", "tpu", True),
+        ("padded", "tpu", False),
+        ("padded", "cpu", False),
+        ("ragged", "gpu", True),
+        ("ragged", "tpu", True),
+    ],
+)
+def test_what_the_exchange_sends(exchange, platform, want):
+    config = schema.MeshConfig(exchange=exchange)
+    assert partition.is_ragged(config, mesh_of(platform)) == want
+
+
+def test_cpus_have_no_ragged_exchange():
+    with pytest.raises(
+        ValueError,
+        match=r"mesh\.exchange='ragged': CPUs, simulated ones too, .* use 'auto' or 'pad",
+    ):
+        partition.is_ragged(schema.MeshConfig(exchange="ragged"), mesh_of("cpu"))

@@ -139,6 +139,7 @@ TRAFFIC = [
     ("all-to-all", range(4), (600, 0)),
     ("all-to-all", range(8), (300, 400)),
     ("all-to-all", (0, 4), (0, 400)),
+    ("ragged-all-to-all", range(8), (300, 400)),
     ("all-reduce", range(4), (1200, 0)),
     ("all-reduce", range(8), (1200, 200)),
     ("all-reduce", (0, 4), (0, 800)),

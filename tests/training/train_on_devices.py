@@ -5,21 +5,24 @@
 For every task, optimizer : mesh : `mesh.exchange_slack` : `mesh.replicated_table_bytes`, a line of
 JSON: differences from one device. `compiled:1x8:2000000` prints figures of the compiled step of a
 table of so many rows in place of training, `shared:1x8:2000000` those of one with shared negatives.
+`ragged:2x2:0.02` trains with SGD on one mesh twice and sends filled places alone the second time.
 The number of CPU devices is fixed when JAX starts, so tests run this as a process of its own.
 """
 
 import dataclasses
 import json
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
 
 from hstu_jax.config import schema
 from hstu_jax.data import event_store
-from hstu_jax.training import dry_run, traced
+from hstu_jax.training import dry_run, partition, traced
 from hstu_jax.training import run as run_lib
 from hstu_jax.training import state as state_lib
+from tests.tables import ragged
 from tests.training.small_config import small_config, with_two_tables
 
 NUM_STEPS = 20
@@ -137,12 +140,36 @@ def sent_bytes(found) -> dict[str, float]:
     return {kind: sum(e.sent_bytes for e in found if e.kind == kind) for kind in kinds}
 
 
+def compare_ragged(store, workdir: str, *, task: str):
+    """How far the ends of both kinds of exchange are apart."""
+    _, mesh, slack = task.split(":")
+    config = config_of("sgd", store, workdir)
+    options = dataclasses.replace(
+        config.mesh, exchange_slack=float(slack), replicated_table_bytes=0
+    )
+    config = dataclasses.replace(config, mesh=options)
+    padded = train(config, store, mesh=mesh)
+    with ragged.emulated(), mock.patch.object(partition, "is_ragged", lambda *_: True):
+        filled = train(config, store, mesh=mesh)
+    return {
+        "task": task,
+        "loss": float(np.abs(filled.losses - padded.losses).max()),
+        "params": largest_difference(filled.params, padded.params),
+        "tables": largest_difference(filled.tables, padded.tables),
+        "waited": filled.waited,
+        "moved": filled.moved,
+    }
+
+
 def main(store_path: str, workdir: str, *tasks: str) -> None:
     """See above."""
     store, ends = event_store.open_store(store_path), {}
     for task in tasks:
         if task.startswith(("compiled:", "shared:")):
             print(json.dumps(compiled_figures(store, workdir, task=task)), flush=True)
+            continue
+        if task.startswith("ragged:"):
+            print(json.dumps(compare_ragged(store, workdir, task=task)), flush=True)
             continue
         kind, mesh, slack, replicated_bytes = task.split(":")
         config = config_of(kind, store, workdir)
