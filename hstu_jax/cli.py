@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import glob
 import os
 import re
 import sys
@@ -71,7 +72,7 @@ def run_main(
             )
         if config.train.dry_run_devices:
             simulate_devices(config.train.dry_run_devices)
-        if uses_devices:
+        if uses_devices and _computes_on_the_cpu():
             host_memory.keep_freed_memory()
         if start_processes is None:
             refuse_launcher()
@@ -226,6 +227,22 @@ def _stay_on_the_cpu() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+
+
+def _computes_on_the_cpu() -> bool:
+    """Whether JAX will take the CPU, told without asking it: that would start its threads."""
+    platforms = _platforms()
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    tpus = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    return not tpus and launchers.installed_gpus() == 0
+
+
+def _platforms() -> str | None:
+    """What JAX was told to use, by its configuration or JAX_PLATFORMS."""
+    import jax
+
+    return jax.config.jax_platforms
 
 
 def unused_accelerator_warning() -> str:

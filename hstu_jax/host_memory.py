@@ -3,7 +3,7 @@
 XLA on a CPU asks for the temporaries of every step anew. The C library takes blocks of that size
 from the kernel and gives them back at once, so each step touches fresh pages: 57,042 page faults a
 step for MovieLens-1M, a third of its time (docs/performance.md). Programs that run the same step
-many times keep the memory instead; their peak is what it was.
+many times on a CPU keep the memory instead, until they end.
 """
 
 import ctypes
@@ -25,8 +25,9 @@ _NAMES = ("MALLOC_", "GLIBC_TUNABLES")
 def keep_freed_memory() -> bool:
     """Tells the C library to keep what is freed, for this process and from now on.
 
-    Does nothing where the library is not glibc, or where the environment already has settings of
-    its own (`MALLOC_*`, `GLIBC_TUNABLES`), or another allocator (`LD_PRELOAD`).
+    For programs that compute on a CPU, before they start threads: a thread stays with the heap that
+    it began with. Does nothing where the library is not glibc, or where the environment already has
+    settings of its own (`MALLOC_*`, `GLIBC_TUNABLES`), or another allocator (`LD_PRELOAD`).
 
     Returns:
         Whether the library was told.

@@ -40,7 +40,7 @@ class Launcher:
         return (
             f"--launcher=auto: {self.name} started {self.num_processes} processes of this "
             f"command, which runs in one; start it with {self.one_process}, or give "
-            "--launcher=none if each writes files of its own."
+            "--launcher=none, before any subcommand, if each writes files of its own."
         )
 
 

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from absl import app, flags
@@ -83,6 +84,35 @@ def test_a_word_chooses_between_programs(words, monkeypatch):
     monkeypatch.setattr(cli.app, "run", lambda program: program(["benchmark", *words]))
     with pytest.raises(app.UsageError, match=r"before the flags: expected one of \['step', 'sca"):
         cli.run_main({"step": print, "scaling": print})
+
+
+@pytest.mark.parametrize(
+    ("platforms", "gpus", "uses_devices", "is_told"),
+    [
+        ("cpu", 8, True, True),
+        ("cpu", 8, False, False),
+        ("cuda,cpu", 0, True, False),
+        (None, 8, True, False),
+        (None, 0, True, True),
+    ],
+)
+def test_programs_on_a_cpu_keep_freed_memory(
+    platforms, gpus, uses_devices, is_told, trained, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(cli.host_memory, "keep_freed_memory", lambda: told.append("memory"))
+    monkeypatch.setattr(cli.flags, "mark_flag_as_required", lambda name: None)
+    monkeypatch.setattr(cli.app, "run", lambda program: program(["train"]))
+    monkeypatch.setattr(cli.launchers, "installed_gpus", lambda: gpus)
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(cli, "CONFIG", mock.Mock())
+    monkeypatch.setattr(cli, "WORKDIR", mock.Mock(value=None))
+    monkeypatch.setattr(cli.resolve, "resolve", lambda raw: trained)
+    for name in ("refuse_launcher", "set_up_jax", "_stay_on_the_cpu"):
+        monkeypatch.setattr(cli, name, lambda **kwargs: None)
+    monkeypatch.setattr(cli, "_platforms", lambda: platforms)
+    cli.run_main(lambda config: told.append("main"), uses_devices=uses_devices)
+    assert told == ["memory"] * is_told + ["main"]
 
 
 def test_unknown_variant_lists_the_known_ones():

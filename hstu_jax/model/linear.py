@@ -38,7 +38,7 @@ def multiply(x: Float[Array, "*batch I"], kernel: Float[Array, "I O"]) -> Float[
 
     JAX's own gradient of the kernel is a transposed product, for which XLA:CPU turns the gradients
     of all tokens around and leaves its fast products: 12.5 ms in place of 5.4 for 13,824 tokens of
-    50 times 200.
+    50 times 200. Reverse mode alone: `jax.jvp` raises.
     """
     return jnp.dot(x, kernel)
 

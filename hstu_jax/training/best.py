@@ -28,13 +28,17 @@ class BestCheckpoint:
         self._value = None
         if step is not None:
             record = self._checkpointer.read_record(step)
-            self._check_same_rules(record, where=f"{run.workdir}/best/{step}")
+            try:
+                self._check_same_rules(record, where=f"{run.workdir}/best/{step}")
+            except ValueError:
+                self.close()
+                raise
             self._value = record.metric_value
 
     def _check_same_rules(self, record: checkpoint.Record, *, where: str) -> None:
         saved, ours = map(checkpoint.fields_of, (record.config, self._run.record().config))
         for name in _JUDGED_BY:
-            was = saved.get(name, "unset")  # an older version's record may lack a field
+            was = saved.get(name, ours[name])  # a record may be older than a field
             if was != ours[name]:
                 raise ValueError(
                     f"{name}={ours[name]}: the best checkpoint so far, {where}, was chosen with "

@@ -209,8 +209,9 @@ def _beside_parameters(state) -> int:
 
 
 def _bound(found: Iterable[collectives.Collective]) -> str:
-    # How many places are filled is known by the data alone.
-    return "at most " if _is_ragged(found) else ""
+    # How many places are filled is known by the data alone, and one device may have the rows that
+    # all ask for; but what all send arrives somewhere, and fits the room there.
+    return "on average at most " if _is_ragged(found) else ""
 
 
 def _traffic(found: Sequence[collectives.Collective]) -> list[str]:

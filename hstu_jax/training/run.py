@@ -287,7 +287,11 @@ def _where(run: Run, table: str) -> str:
 
 
 def _exchange(run: Run) -> str:
-    how = "filled places only (ragged)" if run.program.is_ragged else "whole buckets (padded)"
+    split = [spec.name for spec in run.program.specs if "split" in _where(run, spec.name)]
+    filled = [table for table in split if run.program.sends_filled(table)]
+    how = "filled places only (ragged)" if filled else "whole buckets (padded)"
+    if filled and filled != split:
+        how = f"filled places only (ragged) for {', '.join(filled)}, whole buckets for others"
     return f"exchange of ids and rows: sends {how}; mesh.exchange={run.config.mesh.exchange!r}"
 
 

@@ -221,8 +221,8 @@ def report(
 
 
 _SAYS_AT_MOST = (
-    "mesh.exchange='ragged': filled places only are sent, at most what is below, which is all the "
-    "room; how much of it the distinct ids of a step fill, its data alone can tell."
+    "mesh.exchange='ragged': filled places only are sent, on average over the devices at most what "
+    "is below, which is all the room; how much of it is filled, the ids of a step alone can tell."
 )
 
 _HEAD = (

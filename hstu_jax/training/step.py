@@ -39,7 +39,8 @@ class Program:
         optimizer: of the dense parameters.
         table_rule: optimizer of the tables.
         run_length: what the schedules know of the run.
-        is_ragged: the exchange sends filled places only (`partition.is_ragged`).
+        is_ragged: the exchange sends filled places only (`partition.is_ragged`), of which tables
+            `sends_filled` tells.
     """
 
     config: schema.Config
@@ -54,6 +55,15 @@ class Program:
     def spec(self, table: str) -> table_spec.TableSpec:
         """The table of that name."""
         return next(spec for spec in self.specs if spec.name == table)
+
+    def sends_filled(self, table: str) -> bool:
+        """Whether a table's exchange sends filled places only.
+
+        By "auto" it does for widths of a multiple of 128: a TPU's ragged operation pads others to
+        that, which takes away what it saves.
+        """
+        is_asked_for = self.config.mesh.exchange == "ragged"
+        return self.is_ragged and (is_asked_for or self.spec(table).dim % 128 == 0)
 
 
 def make_program(
@@ -262,7 +272,7 @@ def update_tables(
             axis_names=partition.AXES,
             slack=program.config.mesh.exchange_slack,
             host_slack=program.config.mesh.host_exchange_slack,
-            is_ragged=program.is_ragged,
+            is_ragged=program.sends_filled(table),
             rule=program.table_rule,
             learning_rate=rate,
             iteration=iteration,
@@ -373,7 +383,7 @@ def fetch(
             axis_names=partition.AXES,
             slack=program.config.mesh.exchange_slack,
             host_slack=program.config.mesh.host_exchange_slack,
-            is_ragged=program.is_ragged,
+            is_ragged=program.sends_filled(table),
         )
         num_waiting += waiting
     return unique, picked, num_waiting

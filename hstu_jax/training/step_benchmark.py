@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hstu_jax.model import dropout, encoder, feature_lookup, match, normalization
+from hstu_jax.model import dropout, encoder, feature_lookup, linear, match, normalization
 from hstu_jax.tables import exchange, lookup
 from hstu_jax.training import partition, step
 from hstu_jax.training import run as run_lib
@@ -178,7 +178,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
                 axis_names=partition.AXES,
                 slack=run.config.mesh.exchange_slack,
                 host_slack=run.config.mesh.host_exchange_slack,
-                is_ragged=program.is_ragged,
+                is_ragged=program.sends_filled(t),
                 rule=program.table_rule,
                 learning_rate=1e-3,
             )
@@ -299,8 +299,8 @@ def _projections(run, batch):
     def total(tokens, gated, kernel_in, kernel_out):
         out = jnp.float32(0)
         for layer in range(hstu.attn_num_layers):
-            out += jnp.sum(jnp.square((tokens + layer) @ kernel_in))
-            out += jnp.sum(jnp.square((gated + layer) @ kernel_out))
+            out += jnp.sum(jnp.square(linear.multiply(tokens + layer, kernel_in)))
+            out += jnp.sum(jnp.square(linear.multiply(gated + layer, kernel_out)))
         return out
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))

@@ -13,6 +13,10 @@ def _gradients(multiply, x, kernel, cotangent):
     return out, *pull(cotangent)
 
 
+def _params(kernel):
+    return {"params": {"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])}}
+
+
 @pytest.mark.parametrize("batch", [(5,), (3, 4), ()])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_are_those_of_the_plain_product(batch, dtype):
@@ -31,7 +35,15 @@ def test_gradients_are_those_of_the_plain_product(batch, dtype):
         )
 
 
-@pytest.mark.parametrize(("multiply", "is_turned"), [(linear.multiply, False), (jnp.dot, True)])
+@pytest.mark.parametrize(
+    ("multiply", "is_turned"),
+    [
+        (linear.multiply, False),
+        (lambda x, kernel: linear.Linear(200).apply(_params(kernel), x), False),
+        (jnp.dot, True),
+    ],
+    ids=["multiply", "Linear", "dot"],
+)
 def test_gradients_of_all_tokens_are_not_turned_around(multiply, is_turned):
     def kernel_gradient(x, kernel, cotangent):
         return jax.vjp(lambda kernel: multiply(x, kernel), kernel)[1](cotangent)[0]

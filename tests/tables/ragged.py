@@ -1,5 +1,6 @@
 """`lax.ragged_all_to_all` for CPUs, whose XLA has none: by its documented meaning, from gathers."""
 
+import contextlib
 from unittest import mock
 
 import jax
@@ -35,6 +36,9 @@ def ragged_all_to_all(
     return result
 
 
+@contextlib.contextmanager
 def emulated(function=ragged_all_to_all):
-    """A context in which JAX has the emulation, or a variant of it."""
-    return mock.patch.object(jax.lax, "ragged_all_to_all", function)
+    """A context in which JAX has the emulation, or a variant of it; gives its calls as traced."""
+    calls = mock.Mock(side_effect=function)
+    with mock.patch.object(jax.lax, "ragged_all_to_all", calls):
+        yield calls

@@ -43,9 +43,10 @@ def test_groups_and_stripes_must_divide_over_the_devices(num_devices, num_groups
         partition.check_groups(num_groups, mesh)
 
 
-def mesh_of(platform):
+def mesh_of(platform, num_devices=2):
     device = mock.Mock(spec=jax.Device, platform=platform)
-    return mock.Mock(spec=jax.sharding.Mesh, devices=np.array([[device, device]]))
+    devices = np.array([[device] * num_devices])
+    return mock.Mock(spec=jax.sharding.Mesh, devices=devices, size=num_devices)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,6 @@ def test_cpus_have_no_ragged_exchange():
         match=r"mesh\.exchange='ragged': CPUs, simulated ones too, .* use 'auto' or 'pad",
     ):
         partition.is_ragged(schema.MeshConfig(exchange="ragged"), mesh_of("cpu"))
+    # One device sends nothing: a run of many GPUs may be evaluated on a laptop.
+    one = mesh_of("cpu", num_devices=1)
+    assert not partition.is_ragged(schema.MeshConfig(exchange="ragged"), one)

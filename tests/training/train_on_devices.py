@@ -149,8 +149,11 @@ def compare_ragged(store, workdir: str, *, task: str):
     )
     config = dataclasses.replace(config, mesh=options)
     padded = train(config, store, mesh=mesh)
-    with ragged.emulated(), mock.patch.object(partition, "is_ragged", lambda *_: True):
-        filled = train(config, store, mesh=mesh)
+    with ragged.emulated() as calls:
+        with mock.patch.object(partition, "is_ragged", lambda *_: True):
+            ragged_mesh = dataclasses.replace(config.mesh, exchange="ragged")
+            filled = train(dataclasses.replace(config, mesh=ragged_mesh), store, mesh=mesh)
+    assert calls.called, "both exchanges were the same one"
     return {
         "task": task,
         "loss": float(np.abs(filled.losses - padded.losses).max()),
