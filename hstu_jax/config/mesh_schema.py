@@ -20,8 +20,8 @@ class MeshConfig:
     `exchange_slack` is its room, between hosts too. Embedding tables of at most
     `replicated_table_bytes` are whole on every device, larger ones split over all; 0 splits all.
     `exchange` says what of that room is sent: all of it ("padded"), the filled places only
-    ("ragged"), or by the devices ("auto": filled places on TPUs, else all). These four change
-    time and memory, no result.
+    ("ragged"), or by the devices ("auto": filled places on TPUs, for tables whose width is a
+    multiple of 128, else all). These four change time and memory, no result.
     """
 
     host: int = 1

@@ -248,9 +248,9 @@ class Pipeline:
         else:
             seed, stream, major = 0, random_streams.Stream.EVAL_NEGATIVES, index
             hard_stream = random_streams.Stream.EVAL_HARD_NEGATIVES
+        kind = self._config.data.ablation
         # A shuffle draws for one group after the other: it needs them all.
-        shuffles = self._config.data.ablation in ablation.SHUFFLES
-        takes_part = shuffles and len(self._groups) < shape.groups
+        takes_part = kind in ablation.SHUFFLES and len(self._groups) < shape.groups
         batch, window_index = own_groups.build(
             plan.groups(index),
             range(shape.groups) if takes_part else self._groups,
@@ -263,16 +263,17 @@ class Pipeline:
                 seed=seed, stream=hard_stream, major=major, minor=group
             ),
         )
-        batch = ablation.apply(
-            self._config.data.ablation,
-            batch,
-            num_contextual=self._config.num_contextual,
-            is_training=self._order == "shuffled",
-            users=np.asarray(self._store.windows.user_index)[window_index],
-            rng=random_streams.generator(
-                seed=seed, stream=random_streams.Stream.ABLATION, major=major
-            ),
-        )
+        if kind != "none":
+            batch = ablation.apply(
+                kind,
+                batch,
+                num_contextual=self._config.num_contextual,
+                is_training=self._order == "shuffled",
+                users=np.asarray(self._store.windows.user_index)[window_index],
+                rng=random_streams.generator(
+                    seed=seed, stream=random_streams.Stream.ABLATION, major=major
+                ),
+            )
         if takes_part:
             batch = own_groups.take(batch, self._groups)
             window_index = window_index[list(self._groups)]

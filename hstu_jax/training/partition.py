@@ -51,11 +51,12 @@ def make_mesh(config: schema.MeshConfig, devices: list[jax.Device] | None = None
 def is_ragged(config: schema.MeshConfig, mesh: Mesh) -> bool:
     """Whether the exchange of a mesh sends filled places only, or whole buckets.
 
-    By "auto" it does on TPUs. XLA's CPU backend has no ragged all-to-all. GPUs have one that users
-    report to be slow, so there it is for those who measure; we have not. Within a host of 8 B200 it
-    had some 2 % of the bandwidth, by what seems to be the kernel that writes into the peers'
-    memory, where XLA takes that. Else offsets are copied to the host, which waits for them, and
-    every pair of devices has a message of its own, some 12 us even if empty.
+    By "auto" it does on TPUs, for the tables of `step.Program.sends_filled`. XLA's CPU backend has
+    no ragged all-to-all. GPUs have one that users report to be slow, so there it is for those who
+    measure; we have not. Within a host of 8 B200 it had some 2 % of the bandwidth, by what seems to
+    be the kernel that writes into the peers' memory, where XLA takes that. Else offsets are copied
+    to the host, which waits for them, and every pair of devices has a message of its own, some 12
+    us even if empty.
 
     Source: openxla/xla, issues 33386 and 46982 (both open), and
         xla/backends/gpu/runtime/ragged_all_to_all_thunk.cc at 02b6a78.

@@ -282,12 +282,15 @@ def _attention(config) -> str:
 def _where(run: Run, table: str) -> str:
     if run.mesh.size == 1:
         return ""
-    is_split = run.state_spec.tables[table] == partition.SPLIT
-    return " split" if is_split else " on every device"
+    return " split" if _is_split(run, table) else " on every device"
+
+
+def _is_split(run: Run, table: str) -> bool:
+    return run.state_spec.tables[table] == partition.SPLIT
 
 
 def _exchange(run: Run) -> str:
-    split = [spec.name for spec in run.program.specs if "split" in _where(run, spec.name)]
+    split = [spec.name for spec in run.program.specs if _is_split(run, spec.name)]
     filled = [table for table in split if run.program.sends_filled(table)]
     how = "filled places only (ragged)" if filled else "whole buckets (padded)"
     if filled and filled != split:

@@ -16,22 +16,13 @@ from configs import kuairand
 from hstu_jax import cli, train
 from hstu_jax.training import dry_run, loop, traced
 from hstu_jax.training import run as run_lib
-from tests.training.small_config import small_config, with_two_tables
+from tests.training.small_config import one_table_split
 
 
 @pytest.fixture(scope="module")
 def config(small_store, tmp_path_factory):
-    """Two devices; the table of items is split, that of users is not."""
-    return with_two_tables(
-        small_config(
-            small_store,
-            tmp_path_factory.mktemp("dry") / "workdir",
-            data__num_groups=2,
-            data__source="event_store",
-            mesh__replicated_table_bytes=40_000,
-            model__user_tower__encoder="mean",  # it compiles fastest
-            train__dry_run=True,
-        )
+    return one_table_split(
+        small_store, tmp_path_factory.mktemp("dry") / "workdir", train__dry_run=True
     )
 
 

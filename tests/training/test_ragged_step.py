@@ -12,7 +12,7 @@ import pytest
 
 from hstu_jax.training import collectives, dry_run, partition, scaling, traced
 from hstu_jax.training import run as run_lib
-from tests.training.small_config import small_config, with_two_tables
+from tests.training.small_config import one_table_split
 
 
 def with_exchange(config, exchange):
@@ -21,17 +21,7 @@ def with_exchange(config, exchange):
 
 @pytest.fixture(scope="module")
 def config(small_store, tmp_path_factory):
-    """Two devices; the table of items is split, that of users is not."""
-    return with_two_tables(
-        small_config(
-            small_store,
-            tmp_path_factory.mktemp("ragged") / "workdir",
-            data__num_groups=2,
-            data__source="event_store",
-            mesh__replicated_table_bytes=40_000,
-            model__user_tower__encoder="mean",
-        )
-    )
+    return one_table_split(small_store, tmp_path_factory.mktemp("ragged") / "workdir")
 
 
 @pytest.fixture(scope="module")
