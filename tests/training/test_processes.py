@@ -228,8 +228,8 @@ def test_a_lost_process_ends_the_other_in_bounded_time(small_store, tmp_path, vi
     assert "another task died" in text or "another process is lost" in text
     named = "tasks are unhealthy (stopped sending heartbeats):\n1" if victim else "leader task"
     assert named in text
-    lines = [line for line in text.splitlines() if not line.startswith(("step ", "[Gloo]"))]
-    assert len(lines) < 100
+    # The stacks of some hundred threads would bury it; Orbax may add its own trace of a checkpoint.
+    assert "most recent call first" not in text
 
 
 @pytest.mark.long
