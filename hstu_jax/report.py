@@ -152,7 +152,8 @@ def _cutoff(name: str) -> int:
     kind, _, cutoff = name.partition("@")
     if name == "mrr":
         return 0
-    if kind not in ("hit_rate", "recall", "ndcg") or not cutoff.isdecimal() or int(cutoff) < 1:
+    is_number = cutoff.isdecimal() and str(int(cutoff)) == cutoff and cutoff != "0"
+    if kind not in ("hit_rate", "recall", "ndcg") or not is_number:
         raise ValueError(
             f"--metrics={name}: unknown; write hit_rate@K, recall@K or ndcg@K, or mrr."
         )

@@ -125,6 +125,7 @@ def test_what_cannot_be_compared_is_refused(folders, small_store, tmp_path):
         ("--against", str(tmp_path)): "exclude_seen=True, and .* has False: only rankings of the",
         ("--row", "mean"): "row='mean': .* has no such ranking; it has hstu, popularity",
         ("--metrics", "auc"): "--metrics=auc: unknown; write hit_rate@K",
+        ("--metrics", "hit_rate@010"): "--metrics=hit_rate@010: unknown; write hit_rate@K",
         ("--split", "validation"): "closing_ranks_validation.npz: no such file; `python -m hstu_j",
         ("--num_bootstrap", "0"): "--num_bootstrap=0: must be at least 1",
     }
@@ -133,6 +134,7 @@ def test_what_cannot_be_compared_is_refused(folders, small_store, tmp_path):
             report.main(["--runs", good, *flags])
     with pytest.raises(SystemExit, match="--with_seen: .* holds no ranks with seen items; "):
         report.main(["--runs", str(tmp_path), "--with_seen"])
-    (tmp_path / "closing_ranks_test.npz").write_text("not an archive")
-    with pytest.raises(SystemExit, match="is no file of ranks .*; evaluate again"):
-        report.main(["--runs", str(tmp_path)])
+    for broken in ("not an archive", ""):
+        (tmp_path / "closing_ranks_test.npz").write_text(broken)
+        with pytest.raises(SystemExit, match="is no file of ranks .*; evaluate again"):
+            report.main(["--runs", str(tmp_path)])

@@ -33,7 +33,7 @@ class DataConfig:
     # Packed: slots of a group = rows of `row_len`. 0 = as many slots as users x mean length need.
     tokens_per_group: int = 0
     row_lens: tuple[int, ...] = ()  # padded: the short list of row lengths; () = the longest only
-    queries_per_group: int = 0  # positives of a group, at most; 0 = 12 per user
+    queries_per_group: int = 0  # at most; 0 = 12 per user, next_item: 1.2 x the mean
     block_len: int = 128  # tokens in a block of the attention schedule
     num_prefetch: int = 2  # batches made ahead, in a background thread
     # Takes one kind of input away, to measure what it is worth (`hstu_jax/features/ablation.py`).

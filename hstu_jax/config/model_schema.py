@@ -5,6 +5,7 @@ Relations to other sections are checked in `schema.py`, which has the rest.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from hstu_jax.config.checks import require, require_ratio
@@ -306,7 +307,12 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.output_dim >= 0, "output_dim", self.output_dim, "must not be negative")
-        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
+        require(
+            0 < self.temperature < math.inf,
+            "temperature",
+            self.temperature,
+            "must be positive and finite",
+        )
         require(
             self.similarity != "EUCLID",
             "similarity",

@@ -30,9 +30,23 @@ def check(config: Any) -> None:
             "is for queries that have scores of their own, which model.objective='window' has not",
             "leave it 'group', use 'next_item', or set data.negative_sharing='all'",
         )
-        return
-    for is_right, rule, advice in (*_data_rules(config), *_model_rules(config)):
+        rules = (_bias_rule(config),)
+    else:
+        rules = (*_data_rules(config), *_model_rules(config), _bias_rule(config))
+    for is_right, rule, advice in rules:
         require(is_right, _WHERE, config.model.objective, rule, advice)
+
+
+def _bias_rule(config: Any) -> tuple[bool, str, str]:
+    stu = config.model.user_tower.hstu.stu
+    asks_next = stu.use_time_bias and stu.time_bias_query == "next_request"
+    reads_request = config.model.user_tower.encoder == "hstu" and asks_next
+    return (
+        not reads_request or bool(config.feature_groups.get("query_time")),
+        "with stu.use_time_bias=True and stu.time_bias_query='next_request' asks at the "
+        "request's time at a user's last token, and feature_groups.query_time names none",
+        "name it, or use time_bias_query='own'",
+    )
 
 
 def _data_rules(config: Any) -> tuple[tuple[bool, str, str], ...]:
@@ -59,8 +73,6 @@ def _data_rules(config: Any) -> tuple[tuple[bool, str, str], ...]:
 
 def _model_rules(config: Any) -> tuple[tuple[bool, str, str], ...]:
     hstu = config.model.user_tower.hstu
-    asks_next = hstu.stu.use_time_bias and hstu.stu.time_bias_query == "next_request"
-    reads_bias = config.model.user_tower.encoder == "hstu" and asks_next
     has_request = bool(config.feature_groups.get("query_time"))
     has_times = hstu.positional_encoder.use_time_encoding
     reads_request = has_times and config.model.next_item.time == "next_request"
@@ -89,12 +101,6 @@ def _model_rules(config: Any) -> tuple[tuple[bool, str, str], ...]:
             "with next_item.time='next_request' reads the request's time at a user's last token, "
             "and feature_groups.query_time names none",
             "name it, or use next_item.time='own'",
-        ),
-        (
-            not reads_bias or has_request,
-            "with stu.use_time_bias=True and stu.time_bias_query='next_request' asks at the "
-            "request's time at a user's last token, and feature_groups.query_time names none",
-            "name it, or use time_bias_query='own'",
         ),
         (
             has_times or config.model.next_item.time == NextItemConfig().time,

@@ -11,7 +11,8 @@ import ml_collections
 
 from hstu_jax.config import resolve, schema
 
-# Users of a batch, rates and the rest are those of the published runs.
+# Users of a batch, rates and the rest are those of the published runs. A packed batch has so many
+# at most: of ML-1M 118 in the mean, so that an epoch has 51 steps in place of 48.
 _BATCH_USERS = 128
 _CUTOFFS = (1, 5, 10, 50, 100, 200)
 
@@ -119,7 +120,7 @@ def _model(c, benchmark: Benchmark) -> None:
     stu.hidden_dim, stu.attention_dim = benchmark.head_width, benchmark.head_width
     stu.output_dropout_ratio = benchmark.dropout
     stu.attn_alpha = 1.0  # the paper does not scale the logits
-    # Models 50 wide have the memory to keep what the reference's defaults compute twice.
+    # Histories of at most 200 tokens leave memory for what the reference's defaults compute twice.
     stu.recompute_normed_x = stu.recompute_uvqk = stu.recompute_y = False
     stu.use_silu_qkv, stu.use_position_bias = True, True
     stu.use_time_bias = benchmark.has_times
@@ -132,7 +133,8 @@ def _model(c, benchmark: Benchmark) -> None:
     tower.sasrec.num_blocks, tower.sasrec.num_heads = benchmark.num_layers, benchmark.num_heads
     tower.sasrec.dropout_ratio = benchmark.dropout
     c.model.similarity, c.model.temperature = "COSINE", 0.05
-    # An input projection that starts as the identity: the published model has none.
+    # An input projection that starts as the identity, since the published model has none. In `hstu`
+    # layers values and their way out start aligned too (`model/initialization.py`).
     c.model.initialization = "aligned"
 
 
@@ -142,7 +144,7 @@ def _training(c, benchmark: Benchmark) -> None:
     dense.kind, dense.lr, dense.beta2, dense.weight_decay = "adamw", 1e-3, 0.98, 0.0
     # Rows of a batch alone move, where the published AdamW also moves the others by its momentum.
     sparse.kind, sparse.lr, sparse.beta2 = "adam", 1e-3, 0.98
-    epoch_steps = -(-benchmark.num_train_users // _BATCH_USERS)
-    c.eval.every_num_steps = c.train.save_checkpoints_steps = 5 * epoch_steps
-    c.train.log_step_count_steps = epoch_steps
+    full_batches = -(-benchmark.num_train_users // _BATCH_USERS)  # a little less than an epoch
+    c.eval.every_num_steps = c.train.save_checkpoints_steps = 5 * full_batches
+    c.train.log_step_count_steps = full_batches
     c.train.keep_best.metric = "ndcg@10"

@@ -196,6 +196,14 @@ def _check_groups(config: Config) -> None:
             config.feature_groups.get(group, ()),
             "must name a feature, since the model reads it",
         )
+    taken = {"no_actions": "uih_action", "no_time": "uih_timestamp"}.get(config.data.ablation)
+    require(
+        taken is None or needed[taken],
+        "data.ablation",
+        config.data.ablation,
+        "takes away what this model does not read",
+        "use another ablation",
+    )
     for group in _SINGLE_GROUPS:
         names = config.feature_groups.get(group, ())
         require(len(names) <= 1, f"feature_groups.{group}", names, "must name one feature")

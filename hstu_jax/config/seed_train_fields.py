@@ -8,7 +8,11 @@ from hstu_jax.config.seed_entry import SeedField, SeedValue, refused, renamed, s
 
 _FUSED = "chooses an implementation there, not other numbers; leave it out"
 _KIND = "{} there is a kind; not built: use rowwise_adagrad, adagrad, adam or sgd"
-_TF32 = "float32 products are computed in full; leave it out"
+_TF32 = (
+    "float32 products are computed in full unless the environment has "
+    "JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32; leave it out"
+)
+_NO_CUDNN = "no convolutions here; leave it out"
 _BY_TIME = "checkpoints are counted in steps; use save_checkpoints_steps"
 _EXPORT = "`python -m hstu_jax.export`"
 _NO_EXPORT = f"{_EXPORT} writes float32 programs; leave it out"
@@ -132,7 +136,7 @@ _TRAIN = (
             "workdir",
             "is_profiling": "not built; use jax.profiler",
             "tensorboard_summaries": "loss, recall and throughput are always written; leave it out",
-            "cudnn_allow_tf32": _TF32,
+            "cudnn_allow_tf32": _NO_CUDNN,
             "cuda_matmul_allow_tf32": _TF32,
             **dict.fromkeys(
                 (
@@ -187,7 +191,7 @@ _EXPORT = (
                 "train.keep_best"
             ),
             "mixed_precision": _NO_EXPORT,
-            "cudnn_allow_tf32": _NO_EXPORT,
+            "cudnn_allow_tf32": _NO_CUDNN,
             "cuda_matmul_allow_tf32": _NO_EXPORT,
             "use_dense_ema": f"{_EXPORT} takes the parameters that eval.use_dense_ema chooses",
         },

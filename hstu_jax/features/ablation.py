@@ -27,7 +27,7 @@ def apply(
     """The batch without one kind of input.
 
     Args:
-        kind: "no_actions": no action bits and no watch times. "no_time": every time gap and
+        kind: "no_actions": no action bits and no watch times. "no_time": every time gap, age and
             phase is 0, positions stay. "shuffled_order": what was watched is dealt anew to the
             times of each user's history, so that neither positions nor clocks tell the order.
             "shuffled_targets": the positives of a group are dealt anew to its queries; training

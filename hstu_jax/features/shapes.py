@@ -15,7 +15,7 @@ from hstu_jax.features import next_item, sequence_rules
 from hstu_jax.features.batch import BatchShape
 
 _QUERIES_PER_USER = 12
-_MIN_QUERIES = 100  # positives of one window, at most, as preparation cuts them
+_MIN_QUERIES = 100  # positives of one window, at most, as preparation by days cuts them
 # Groups close when either their slots or their queries are full; queries should rarely be first.
 _QUERY_MARGIN = 1.2
 

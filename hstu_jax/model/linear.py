@@ -1,13 +1,13 @@
 """Linear layers with the reference's initialisers.
 
 `nn.Dense` of Flax starts from other distributions; the ones here are torch's default and Xavier
-uniform (docs/model.md). Used by `preprocessor.py`, `contextual_mlp.py`, `tower_mlp.py`
-and `towers.py`.
+uniform (docs/model.md).
 
 Precision, here and in all of the model: the dtype of the looked-up embeddings is that of the
 computation (`train.mixed_precision`). Parameters are float32; a matrix is cast where it meets its
 input, while scales, biases and learned tables are added in float32 and the sum is rounded once, so
-that their gradients, sums over thousands of tokens, are summed in float32 as well.
+that their gradients, sums over thousands of tokens, are summed in float32 as well. Products ask for
+`product_precision`.
 """
 
 import jax
@@ -32,6 +32,22 @@ def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
     return init
 
 
+def product_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """The precision that a matrix product of the model asks for.
+
+    float32 in full, as the reference has it: left to itself, JAX rounds the factors to TF32 on GPUs
+    and to bfloat16 on TPUs. Where JAX's own setting says otherwise it stands:
+    `JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32`, or `jax.default_matmul_precision`.
+
+    Args:
+        dtype: of both factors.
+    """
+    if dtype != jnp.float32:
+        return jax.lax.Precision.DEFAULT
+    is_set = jax.config.jax_default_matmul_precision is not None
+    return None if is_set else jax.lax.Precision.HIGHEST
+
+
 @jax.custom_vjp
 def multiply(x: Float[Array, "*batch I"], kernel: Float[Array, "I O"]) -> Float[Array, "*batch O"]:
     """x @ kernel, with a backward pass that a CPU runs fast.
@@ -40,19 +56,20 @@ def multiply(x: Float[Array, "*batch I"], kernel: Float[Array, "I O"]) -> Float[
     of all tokens around and leaves its fast products: 12.5 ms in place of 5.4 for 13,824 tokens of
     50 times 200. Reverse mode alone: `jax.jvp` raises.
     """
-    return jnp.dot(x, kernel)
+    return jnp.dot(x, kernel, precision=product_precision(x.dtype))
 
 
 def _multiply_forward(x, kernel):
-    return jnp.dot(x, kernel), (x, kernel)
+    return multiply(x, kernel), (x, kernel)
 
 
 def _multiply_backward(residuals, cotangent):
     x, kernel = residuals
     tokens = tuple(range(x.ndim - 1))
+    precision = product_precision(x.dtype)
     return (
-        jnp.dot(cotangent, kernel.T),
-        jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ()))),
+        jnp.dot(cotangent, kernel.T, precision=precision),
+        jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ())), precision=precision),
     )
 
 

@@ -93,7 +93,9 @@ class UihPreprocessor(nn.Module):
         starts, lengths = jnp.asarray(layout.starts), jnp.asarray(layout.lengths)
         is_used = lengths > 0
         kernel = kernel.astype(contextual.dtype)
-        projected = jnp.einsum("scf,cfd->scd", contextual, kernel) + bias[None]
+        precision = linear.product_precision(kernel.dtype)
+        projected = jnp.einsum("scf,cfd->scd", contextual, kernel, precision=precision)
+        projected = projected + bias[None]
         # Indices are unique, also those past the end, which are dropped: the transpose is a gather.
         flat = tokens.reshape(-1, self.output_dim)
         count = num_users * num_contextual

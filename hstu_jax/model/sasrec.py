@@ -42,10 +42,13 @@ def causal_attention(
 
     @jax.checkpoint
     def attend(q, k, v):
-        logits = jnp.einsum("rihk,rjhk->rhij", q, k, preferred_element_type=jnp.float32)
+        precision = linear.product_precision(v.dtype)
+        logits = jnp.einsum(
+            "rihk,rjhk->rhij", q, k, precision=precision, preferred_element_type=jnp.float32
+        )
         logits = jnp.where(is_seen[:, None], logits * q.shape[-1] ** -0.5, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        return jnp.einsum("rhij,rjhk->rihk", weights, v)
+        return jnp.einsum("rhij,rjhk->rihk", weights, v, precision=precision)
 
     return attend(q, k, v)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hstu_jax.model import linear
 from pallas_kernels.hstu_attention import layout as attention_layout
 
 # About I * O / (I + O) at the sizes in use (64 to 512, 64 to 128): there the matrices of the blocks
@@ -58,7 +59,9 @@ def apply_user_maps(
     def multiply(tokens, kernels, biases):
         # Through float32, where the gradients of a user's blocks are summed.
         kernels, biases = kernels.astype(jnp.float32), biases.astype(jnp.float32)
-        products = jnp.einsum("bti,bio->bto", tokens, kernels[user].astype(tokens.dtype))
+        kernels = kernels[user].astype(tokens.dtype)
+        precision = linear.product_precision(tokens.dtype)
+        products = jnp.einsum("bti,bio->bto", tokens, kernels, precision=precision)
         return (products + biases[user][:, None]).astype(tokens.dtype)
 
     products = multiply(tokens, kernels, biases).reshape(num_blocks * block_len, -1)

@@ -153,7 +153,7 @@ def evaluate_beside_baselines(
     )
     encoder = run.config.model.user_tower.encoder
     rows = {encoder: evaluation.evaluate(run, state, eval_set)}
-    notes = list(_eval_notes(eval_set, rows))
+    notes = list(eval_notes(eval_set, rows))
     if beside_best and run.config.train.keep_best.metric:
         try:
             best = loop.restore_state(run, step="best")
@@ -171,8 +171,8 @@ def evaluate_beside_baselines(
             if isinstance(mean, loop.FitResult):
                 rows["mean"] = evaluation.evaluate(mean.run, mean.state, eval_set)
                 notes.append(
-                    f"mean: pooling in place of the STU layers, {int(mean.state.step):,} steps of "
-                    "the same batches and learning rates"
+                    f"mean: pooling in place of the {encoder} layers, "
+                    f"{int(mean.state.step):,} steps of the same batches and learning rates"
                 )
             else:
                 notes.append(mean)
@@ -247,19 +247,25 @@ def _oracle(store: event_store.EventStore, eval_set: evaluation.EvalSet) -> cata
     return score_block
 
 
-def _eval_notes(
+def eval_notes(
     eval_set: evaluation.EvalSet, rows: Mapping[str, evaluation.Evaluation]
 ) -> tuple[str, ...]:
+    """What was ranked, what was left out and why, and the figures among sampled negatives.
+
+    Args:
+        eval_set: windows and items.
+        rows: the model's ranking, by its name.
+    """
     (model,) = rows.values()
     ranks, total = model.ranks, len(eval_set.positive_items)
     num_items = int(np.count_nonzero(eval_set.catalogue_mask))
-    is_cold = ~eval_set.catalogue_mask[eval_set.positive_items]
+    has_none = eval_set.popularity == 0
     sampled = ", ".join(f"{name} {value:.4f}" for name, value in model.sampled.items())
     return (
         f"{len(eval_set.windows):,} windows, {eval_set.num_new_user:,} of them of users without a "
         "training window",
         f"{total:,} positives: {ranks.num_ranked:,} ranked among {num_items:,} items; left out: "
-        f"{ranks.num_seen:,} in the user's history, {ranks.num_cold:,} others without a training "
-        f"event ({is_cold.mean() if total else 0:.1%} of all positives have none)",
+        f"{ranks.num_seen:,} in the user's history, {ranks.num_cold:,} others outside of these "
+        f"({has_none.mean() if total else 0:.1%} of all positives have no training event)",
         f"among sampled negatives: {sampled}",
     )

@@ -37,9 +37,9 @@ def counting_baselines(
 
     Co-occurrence and item-kNN are each the one variant that is best on the validation split, of a
     fixed grid, judged by at most 1,000 windows evenly spaced in it; pairs are counted in the
-    training windows or in days. The last day's popularity is left out where times are positions.
-    Days begin where the store's `utc_offset_s` has them: at UTC+8 as KuaiRand's do, which
-    MovieLens and other interaction files are cut by too.
+    training windows or in days, for leave-one-out in runs of 1 and 20 events. The last day's
+    popularity is left out where times are positions. Days begin where the store's `utc_offset_s`
+    has them: at UTC+8 as KuaiRand's do, which MovieLens and other interaction files are cut by too.
 
     Returns:
         The rankings by name, and lines that name the chosen variants.

@@ -131,5 +131,5 @@ def read(path: pathlib.Path) -> RankFile:
                 arrays[field] = dict(zip(names, arrays[field], strict=True))
         header["cutoffs"] = tuple(header["cutoffs"])
         return RankFile(**header, **arrays)
-    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: is no file of ranks ({error}); evaluate again.") from error

@@ -47,10 +47,10 @@ class Rates:
     between_hosts: float
 
 
-# Peaks of an H100 SXM: 989 TFLOP/s in bfloat16, 495 in TF32 (JAX's default for float32 on NVIDIA
-# GPUs), 67 in float32; 60 % of the first two and half of the third are assumed. Attention: what
-# docs/performance.md calls a good landing, 300 TFLOP/s forward and 180 backward, weighed by their
-# operations; in float32 the kernel runs on no tensor core. 900 GB/s inside a host count both
+# Peaks of an H100 SXM: 989 TFLOP/s in bfloat16, 495 in TF32 (float32 where full precision is not
+# asked for), 67 in float32; 60 % of the first two and half of the third are assumed. Attention:
+# what docs/performance.md calls a good landing, 300 TFLOP/s forward and 180 backward, weighed by
+# their operations; in float32 the kernel runs on no tensor core. 900 GB/s inside a host count both
 # directions; 50 GB/s between hosts (400 Gb/s) each.
 H100 = Rates(
     name="H100",

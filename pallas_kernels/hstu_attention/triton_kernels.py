@@ -224,7 +224,7 @@ def _silu_slope(logits, gate):
 
 def _dot(left, right, *, trans_b=False):
     """Product with float32 sums; float32 inputs are not rounded to TF32."""
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         left,
         right,

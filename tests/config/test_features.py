@@ -151,6 +151,12 @@ def set_field(path, value):
     return change
 
 
+def without_actions(raw):
+    actions = raw.model.user_tower.hstu.input_preprocessor.uih_preprocessor
+    with raw.unlocked():
+        actions.action_encoder, actions.action_mlp = None, None
+
+
 def both(*changes):
     def change(raw):
         for one in changes:
@@ -204,6 +210,20 @@ REFUSED = {
             set_field("model/user_tower/hstu/positional_encoder/num_time_buckets", 0),
         ),
         "feature_groups.uih_timestamp=(): must name",
+    ),
+    "an ablation of actions that the model does not read": (
+        both(
+            set_field("data/ablation", "no_actions"),
+            without_actions,
+        ),
+        "data.ablation='no_actions': takes away what this model does not read; use another",
+    ),
+    "an ablation of times that the model does not read": (
+        both(
+            set_field("data/ablation", "no_time"),
+            set_field("model/user_tower/hstu/positional_encoder/use_time_encoding", False),
+        ),
+        "data.ablation='no_time': takes away what this model does not read; use another",
     ),
     "an ablation undone by a feature": (
         both(

@@ -70,6 +70,11 @@ def test_the_objective_resolves():
             "it, or use time_bias_query='own'.",
         ),
         (
+            {**_TIME_BIAS, "feature_groups.query_time": ()},
+            "model.objective='window': with stu.use_time_bias=True and stu.time_bias_query="
+            "'next_request' asks at the request's time at a user's last token",
+        ),
+        (
             {**_TIME_BIAS, "feature_groups.uih_timestamp": ()},
             "feature_groups.uih_timestamp=(): must name a feature, since the model reads it.",
         ),

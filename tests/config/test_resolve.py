@@ -1,5 +1,6 @@
 """Configurations: every wrong field is refused with its path, value, rule and what to do."""
 
+import math
 import subprocess
 import sys
 
@@ -53,7 +54,8 @@ def test_unknown_field_of_a_feature_names_the_nearest():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model.temperature", -1.0, r"model\.temperature=-1\.0: must be positive\."),
+        ("model.temperature", -1.0, r"model\.temperature=-1\.0: must be positive and finite\."),
+        ("model.temperature", math.inf, r"model\.temperature=inf: must be positive and finite\."),
         ("model.user_tower.max_seq_len", 0, r"max_seq_len=0: must be positive"),
         ("model.user_tower.hstu.input_dropout_ratio", 1.0, r"=1\.0: must be in \[0, 1\)"),
         ("model.user_tower.hstu.stu.scaling_seqlen", 0, r"scaling_seqlen=0: would divide by zero"),

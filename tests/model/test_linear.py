@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hstu_jax.model import linear
+from hstu_jax.training import traced
 
 
 def _gradients(multiply, x, kernel, cotangent):
@@ -51,3 +52,16 @@ def test_gradients_of_all_tokens_are_not_turned_around(multiply, is_turned):
     x, kernel, cotangent = jnp.ones((3, 256, 50)), jnp.ones((50, 200)), jnp.ones((3, 256, 200))
     compiled = jax.jit(kernel_gradient).lower(x, kernel, cotangent).compile().as_text()
     assert ("f32[200,768]" in compiled) == is_turned
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [(None, "float32 exact"), ("highest", "float32 exact"), ("tensorfloat32", "float32")],
+)
+def test_float32_is_multiplied_in_full_unless_jax_is_told_otherwise(setting, kind):
+    def gradients(x, kernel):
+        return jax.grad(lambda *pair: linear.multiply(*pair).sum(), argnums=(0, 1))(x, kernel)
+
+    with jax.default_matmul_precision(setting):
+        jaxpr = jax.make_jaxpr(gradients)(jnp.ones((3, 5)), jnp.ones((5, 7)))
+    assert traced.read(jaxpr, {}).products == {kind: 3 * 2 * 3 * 5 * 7}

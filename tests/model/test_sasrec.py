@@ -12,6 +12,7 @@ import pytest
 
 from hstu_jax.config import checks, model_schema
 from hstu_jax.model import encoder, sasrec
+from hstu_jax.training import traced
 from tests.model import batches, models
 
 HEADS, WIDTH = 2, 6
@@ -79,6 +80,18 @@ def test_block_equals_a_dense_float64_pass_and_wrong_variants_do_not():
     np.testing.assert_allclose(out, right(), atol=2e-5, rtol=2e-5)
     for wrong in ("unscaled", "looks ahead", "residual of the norm", "no relu"):
         assert np.abs(out - right(wrong)).max() > 0.01, wrong
+
+
+def test_products_of_float32_are_computed_in_full():
+    placement = batches.place(LENGTHS, row_len=14, packed=True)
+    params, sequence = random_params(placement), sequence_of(placement)
+
+    def total(params, x):
+        return make_block().apply({"params": params}, x, sequence).sum()
+
+    x = jnp.ones((placement.num_rows, placement.row_len, WIDTH))
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(params, x)
+    assert set(traced.read(jaxpr, {}).products) == {"float32 exact"}
 
 
 def test_a_token_sees_itself_and_what_came_before_it_in_its_segment():

@@ -89,6 +89,17 @@ def test_the_catalogue_may_hold_items_that_nobody_had_in_training(small_store):
     assert ranked.num_ranked == cold.num_ranked + cold.num_cold
 
 
+@pytest.mark.parametrize("which", ["trained", "all"])
+def test_the_share_without_a_training_event_is_that_of_the_data(small_store, which):
+    found = evaluation.make_eval_set(small_store, split="test", exclude_seen=True, catalogue=which)
+    flat = baselines.same_for_all(np.zeros(small_store.num_items))
+    row = evaluation.rank(found, flat, schema.EvalConfig())
+    _, line, _ = closing.eval_notes(found, {"hstu": row})
+    share = np.mean(small_store.items.train_count[found.positive_items] == 0)
+    assert 0 < share < 1 and f"({share:.1%} of all positives have no training event)" in line
+    assert f"{row.ranks.num_cold:,} others outside of these (" in line
+
+
 def test_both_rules_of_seen_items_in_one_evaluation(small_store):
     scores = np.random.default_rng(0).random((1, small_store.num_items))
     block = baselines.same_for_all(scores[0])

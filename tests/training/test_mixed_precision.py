@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hstu_jax.training import partition, step
+from hstu_jax.training import partition, step, traced
 from hstu_jax.training import run as run_lib
 from tests.training.small_config import small_config, with_two_tables
 
@@ -28,7 +28,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def gradients(small_store, tmp_path_factory):
-    """(token grid, float32 gradients, bfloat16 gradients, jaxpr of the latter) of one batch."""
+    """(token grid, float32 gradients, bfloat16 gradients, jaxprs of both) of one batch."""
     config = small_config(small_store, tmp_path_factory.mktemp("run"), **OPTIONS)
     run = run_lib.build_run(with_two_tables(config), small_store, devices=jax.devices()[:1])
     train_state = run_lib.init_state(run)
@@ -49,13 +49,13 @@ def gradients(small_store, tmp_path_factory):
         return partition.place_eval(local, run.mesh, out_specs=partition.REPLICATED)
 
     full, half = of(""), of("BF16")
-    jaxpr = jax.make_jaxpr(half)(train_state, batch)
+    jaxprs = [jax.make_jaxpr(each)(train_state, batch) for each in (full, half)]
     grid = batch.action.shape[1:]
     return (
         grid,
         jax.device_get(full(train_state, batch)),
         jax.device_get(half(train_state, batch)),
-        jaxpr,
+        jaxprs,
     )
 
 
@@ -80,7 +80,7 @@ def test_what_is_kept_between_steps_is_float32(gradients):
 
 def test_products_over_tokens_are_bfloat16(gradients):
     """Left in float32: attention's tiles, the last Linear of the user's vector, and the scores."""
-    grid, _, _, jaxpr = gradients
+    grid, _, _, (_, jaxpr) = gradients
     dtypes = [
         eqn.invars[0].aval.dtype
         for eqn in _equations(jaxpr.jaxpr)
@@ -88,6 +88,14 @@ def test_products_over_tokens_are_bfloat16(gradients):
         and any(var.aval.shape[:2] == grid for var in (*eqn.invars, *eqn.outvars))
     ]
     assert len(dtypes) > 10 and set(dtypes) == {jnp.dtype("bfloat16")}
+
+
+def test_products_of_float32_are_computed_in_full(gradients):
+    """Left to itself, JAX rounds their factors to TF32 on GPUs and to bfloat16 on TPUs."""
+    _, _, _, jaxprs = gradients
+    full, half = (traced.read(jaxpr, {"host": 1, "chip": 1}).products for jaxpr in jaxprs)
+    assert set(full) == {"float32 exact"}
+    assert set(half) == {"float32 exact", "bfloat16"}
 
 
 def _equations(jaxpr):
