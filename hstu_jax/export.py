@@ -62,6 +62,11 @@ _INDEX = flags.DEFINE_enum(
 
 def main() -> None:
     """Exports, or changes an export, and says what was written."""
+    if cli.CONFIG.value is not None:
+        raise ValueError(
+            "--config: is not read here, since a checkpoint has its own configuration; leave it "
+            "out, and all --config.FIELD with it."
+        )
     if _INDEX.value:
         item_index.import_faiss()  # before anything is written
     if _REFRESH.value is not None or (_INDEX.value and not cli.WORKDIR.value):
@@ -82,6 +87,11 @@ def _change() -> None:
             )
     if not _EXPORT_DIR.value:
         raise ValueError(f"--export_dir={_EXPORT_DIR.value!r}: must be given.")
+    if _ON_COLD.present and _REFRESH.value is None:
+        raise ValueError(
+            f"--on_cold_items={_ON_COLD.value}: is read where items are written, and an index has "
+            "those that are there; leave it out."
+        )
     if _REFRESH.value is not None:
         there = artifact.load(_EXPORT_DIR.value)
         refreshed = item_refresh.refresh_items(

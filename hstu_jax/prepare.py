@@ -61,9 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.command in _OWN_FLAGS:
             _OWN_FLAGS[flags.command](flags)
             return
+        if flags.window_events is not None and flags.window_mode == "day":
+            raise ValueError(
+                f"--window_events={flags.window_events}: is not read with --window_mode=day; "
+                "choose another mode or leave it out."
+            )
+        window_events = flags.window_events
+        if window_events is None:
+            window_events = flags.default_window_events
         windows = windowing.WindowOptions(
             mode=flags.window_mode,
-            window_events=flags.window_events,
+            window_events=window_events,
             positive_actions=tuple(flags.positive_actions),
             max_positives=flags.max_positives,
             min_history=flags.min_history,
@@ -166,7 +174,10 @@ _OWN_FLAGS = {
 def _add_common_flags(command: argparse.ArgumentParser, rules: windowing.WindowOptions) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace an event store there")
     command.add_argument("--window_mode", choices=windowing.WINDOW_MODES, default=rules.mode)
-    command.add_argument("--window_events", type=int, default=rules.window_events)
+    command.add_argument(
+        "--window_events", type=int, help=f"not with day; default {rules.window_events}"
+    )
+    command.set_defaults(default_window_events=rules.window_events)
     command.add_argument("--positive_actions", nargs="+", default=rules.positive_actions)
     command.add_argument("--max_positives", type=int, default=rules.max_positives)
     command.add_argument("--min_history", type=int, default=rules.min_history)

@@ -104,6 +104,7 @@ def test_the_configurations(module):
         path, _, variant = flags.pop("config").partition(":")
         raw = _load(path).get_config(variant)
         for name, value in flags.items():
+            value = int(value) if value.isdecimal() else value
             raw.update_from_flattened_dict({name.removeprefix("config."): value})
         config = resolve.resolve(raw)
         if variant == "seed":

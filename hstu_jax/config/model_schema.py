@@ -5,7 +5,6 @@ Relations to other sections are checked in `schema.py`, which has the rest.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 from hstu_jax.config.checks import require, require_ratio
@@ -68,10 +67,10 @@ class SimpleActionEncoderConfig:
             "must not be empty",
         )
         require(
-            all(w > 0 for w in self.action_weights + self.watchtime_to_action_weights),
+            all(0 < w < 2**31 for w in self.action_weights + self.watchtime_to_action_weights),
             "action_weights",
             self.action_weights,
-            "must be positive bitmasks",
+            "must be positive bitmasks of 31 bits",
         )
         require(
             len(self.watchtime_to_action_thresholds) == len(self.watchtime_to_action_weights),
@@ -307,12 +306,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.output_dim >= 0, "output_dim", self.output_dim, "must not be negative")
-        require(
-            0 < self.temperature < math.inf,
-            "temperature",
-            self.temperature,
-            "must be positive and finite",
-        )
+        require(self.temperature > 0, "temperature", self.temperature, "must be positive")
         require(
             self.similarity != "EUCLID",
             "similarity",

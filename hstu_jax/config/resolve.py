@@ -8,6 +8,7 @@ whose classes check values. `to_text()` is the resolved configuration for logs a
 import collections.abc
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any
@@ -142,6 +143,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         _refuse_seed_value(path, value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        may_be = value == math.inf and path.endswith(".norm_type")
+        checks.require(may_be, path, value, "must be finite")
     is_right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     _require_type(is_right, path, value, f"of type {hint.__name__}")
     return value

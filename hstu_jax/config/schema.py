@@ -116,6 +116,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
+        # What JAX's keys are made of; beyond it two seeds have one key.
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2**32 - 1")
         _check_groups(self)
         feature_checks.check(self)
         objective_checks.check(self)

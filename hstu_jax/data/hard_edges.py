@@ -59,6 +59,7 @@ class HardEdgeFiles:
       num_users: users that have some.
       num_positive: pairs left out because the user also has a positive training event with the item.
       ids: which ids the files hold.
+      is_weighted: the item table has weights of its own.
     """
 
     folder: pathlib.Path
@@ -66,17 +67,20 @@ class HardEdgeFiles:
     num_users: int
     num_positive: int
     ids: str = "original"
+    is_weighted: bool = False
 
     def describe(self) -> str:
         """Counts, and the flags that use the files."""
         flag = "--config.data.negative_sampler"
         source = "" if self.ids == "original" else "--config.data.source=list_columns "
+        # Without the file, weights are `weight_exponent`'s.
+        weights = f" {flag}.item_input_path={self.folder / ITEMS_FILE}" if self.is_weighted else ""
         return (
             f"{self.folder}: {self.num_edges:,} hard edges of {self.num_users:,} users; "
             f"{self.num_positive:,} left out that are positive elsewhere in training; ids in the "
             f"files: {self.ids}\n"
             f"train with them:  {source}{flag}.kind=HardNegativeSampler {flag}.num_hard_sample=8 "
-            f"{flag}.hard_neg_edge_input_path={self.folder / EDGES_FILE}"
+            f"{flag}.hard_neg_edge_input_path={self.folder / EDGES_FILE}" + weights
         )
 
 
@@ -146,6 +150,7 @@ def write_hard_edges(
         num_users=len(np.unique(user)),
         num_positive=num_positive,
         ids=options.ids,
+        is_weighted=options.item_weight_exponent > 0,
     )
 
 

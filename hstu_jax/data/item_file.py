@@ -154,6 +154,8 @@ def _check_key(column: pa.ChunkedArray, where: str, path: str) -> pa.Array:
     check_id_type(column, where=where)
     key = column.cast(pa.int64() if pa.types.is_integer(column.type) else pa.string())
     key = pa.concat_arrays(key.chunks) if key.num_chunks else pa.array([], key.type)
+    if pa.types.is_string(key.type) and (is_empty := pc.equal(key, "").to_numpy(False)).any():
+        raise ValueError(f"{where}: row {int(np.argmax(is_empty))} is empty; every item needs an id.")
     first = pc.index_in(key, value_set=pc.unique(key)).to_numpy()
     if len(key) and int(first.max()) + 1 < len(key):
         values, counts = np.unique(first, return_counts=True)

@@ -68,10 +68,11 @@ def read_log(path: pathlib.Path, *, flags: Mapping[str, str], max_bad_watch_shar
         casts = ", ".join(f'{_number(name, "BIGINT")} AS "{name}"' for name in whole)
         bits = " + ".join(f'"{raw}" * {schema.ACTION_BITS[n]}' for raw, n in flags.items())
         valid = " AND ".join(f'"{raw}" BETWEEN 0 AND 1' for raw in flags)
-        columns = connection.execute(
+        query = (
             f"SELECT user_id, video_id, time_ms, {bits} AS action, coalesce({valid}, false) AS ok, "
             f"play FROM (SELECT {casts}, {_number('play_time_ms', 'DOUBLE')} AS play FROM {source})"
-        ).fetchnumpy()
+        )
+        columns = _read(connection, query, path)
         report = _Report(connection, path)
         user, video = report.whole("user_id", columns), report.whole("video_id", columns)
         time_ms = report.whole("time_ms", columns)
@@ -112,15 +113,17 @@ def read_user_features(path: pathlib.Path) -> RawUsers:
         _set_up(connection)
         _check_header(connection, path, ("user_id", *schema.USER_CATEGORIES))
         names = ", ".join(f"coalesce({name}, '') AS {name}" for name in schema.USER_CATEGORIES)
-        columns = connection.execute(
-            f"SELECT {_number('user_id', 'BIGINT')} AS user_id, {names} FROM {_source(path)}"
-        ).fetchnumpy()
+        query = f"SELECT {_number('user_id', 'BIGINT')} AS user_id, {names} FROM {_source(path)}"
+        columns = _read(connection, query, path)
         user_id = _Report(connection, path).whole("user_id", columns)
     categories = {
         name: np.asarray(columns[name], dtype=object).astype(object)
         for name in schema.USER_CATEGORIES
     }
     return RawUsers(user_id=user_id, categories=categories)
+
+
+_WHOLE = r"\s*[+-]?[0-9]+(\.0*)?\s*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +165,29 @@ def _set_up(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("SET enable_progress_bar = false")
 
 
+def _read(connection: duckdb.DuckDBPyConnection, query: str, path: pathlib.Path):
+    """The columns of a query over a file.
+
+    Raises:
+      ValueError: a line that DuckDB met behind those that it had looked at first.
+    """
+    try:
+        return connection.execute(query).fetchnumpy()
+    except duckdb.Error as error:
+        raise ValueError(f"{path}: cannot be read as CSV ({error}).") from error
+
+
 def _number(column: str, kind: str) -> str:
     """SQL of a cell as a number, NULL where it is none.
 
     A bare TRY_CAST of a column is pushed into DuckDB 2.0's CSV reader as a hard cast, which raises
     on the first bad cell (duckdb issue 23818); NULLIF keeps the cast outside and changes nothing.
+    A cast to BIGINT rounds 1.5, which is no whole number; 1.0 is one, as pandas writes it.
     """
-    return f"try_cast(nullif(\"{column}\", '') AS {kind})"
+    number = f"try_cast(nullif(\"{column}\", '') AS {kind})"
+    if kind != "BIGINT":
+        return number
+    return f"CASE WHEN regexp_full_match(\"{column}\", '{_WHOLE}') THEN {number} END"
 
 
 def _source(path: pathlib.Path) -> str:

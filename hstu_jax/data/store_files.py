@@ -151,8 +151,13 @@ def write_item_table(path: pathlib.Path, items: ItemTable, exponent: float) -> N
     """Writes the reference's sampler table: id, weight = train_count ** exponent, attrs.
 
     A cold item has weight 0 unless the exponent is 0.
+
+    Raises:
+      ValueError: an exponent that is negative or not finite.
     Source: TorchEasyRec 1.3.16, negative sampler input (`id:int64 weight:float attrs:string`).
     """
+    if not 0 <= exponent < np.inf:
+        raise ValueError(f"item_weight_exponent={exponent}: must not be negative, nor infinite.")
     weights = items.train_count.astype(np.float64) ** exponent
     with path.open("w", newline="\n") as file:
         file.write("id:int64\tweight:float\tattrs:string\n")

@@ -42,7 +42,10 @@ def keep_threshold(rate: float) -> int:
     """
     threshold = round(rate * 2**_LANE_BITS)
     if not 0 <= threshold < 2**_LANE_BITS:
-        raise ValueError(f"rate={rate}: must be in [0, 1); 0 switches dropout off.")
+        raise ValueError(
+            f"rate={rate}: must be in [0, 1) also when rounded to a multiple of 2**-16; 0 switches "
+            "dropout off."
+        )
     return threshold
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from jaxtyping import Shaped
 
 from hstu_jax.config import schema
-from hstu_jax.data import event_store, list_files, list_layout, raw_columns
+from hstu_jax.data import event_store, interactions, list_files, list_layout, raw_columns
 from hstu_jax.features import id_mapping
 from hstu_jax.serving import contract, exporter, item_writer
 
@@ -95,11 +95,18 @@ def data_maps(
     """Original ids where they are asked for, and the history's features of items.
 
     Raises:
-        ValueError: original ids of list columns, which have the only ids there are.
+        ValueError: original ids of list columns, which have the only ids there are, or of a store
+            whose raw ids are texts.
     """
     translations = {}
     if ids == "original":
         check_ids(config, ids)
+        if (store.path / interactions.ITEM_IDS_FILE).is_file():
+            raise ValueError(
+                f"ids='original': {store.path} has items and users by the number of their line in "
+                f"{interactions.ITEM_IDS_FILE} and {interactions.USER_IDS_FILE}, as its raw ids "
+                "are texts; use 'model' and translate."
+            )
         promises = contract.make_contract(config)
         translations[promises.item_id_column] = _translation(np.asarray(store.items.item_id))
         for feature in promises.contextual_features:

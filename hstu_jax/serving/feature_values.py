@@ -131,7 +131,10 @@ class Rules:
         self._keys_read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def translate(self, column: Column, name: str, *, where: str) -> Column:
-        """Original ids -> the model's; a key that is not listed becomes the unlisted number."""
+        """Original ids -> the model's; a key that is not listed becomes the unlisted number.
+
+        So does a missing value where that number is a row: preparation gave both the same one.
+        """
         keys, numbers = self._keys(name)
         values = column.values
         is_words = keys.dtype.kind == "U"
@@ -141,11 +144,17 @@ class Rules:
         if len(values) and not is_words and values.dtype.kind not in "iu":
             raise TypeError(f"{where}: type {values.dtype}: original ids are integers here.")
         unlisted = self._translations[name].unlisted
+
+        def with_unlisted(found):
+            codes = column.codes
+            if unlisted >= 0 and codes is not None:
+                codes, found = np.where(codes < 0, len(found), codes), np.append(found, unlisted)
+            return dataclasses.replace(column, values=found.astype(np.int64), codes=codes)
+
         if not len(keys) or not len(values):
-            return dataclasses.replace(column, values=np.full(len(values), unlisted, np.int64))
+            return with_unlisted(np.full(len(values), unlisted))
         place = find(keys, values)
-        found = np.where(place >= 0, numbers[place], unlisted)
-        return dataclasses.replace(column, values=found.astype(np.int64))
+        return with_unlisted(np.where(place >= 0, numbers[place], unlisted))
 
     def map(self, column: Column, feature: manifest_lib.Feature, *, where: str) -> Mapped:
         """The ids or numbers of a feature.
@@ -160,6 +169,9 @@ class Rules:
             values, missing, unknown = _numbers_in_range(column, feature.rule, where)
         elif kind == "hash":
             values, missing, unknown = _hashed(column, feature.rule, where)
+            if feature.translation is not None:  # has no row, nor a text to hash
+                unknown = column.values < 0
+                values = np.where(unknown, missing, values)
         elif kind == "vocabulary":
             values, missing, unknown = self._listed(column, feature.rule, where)
         else:

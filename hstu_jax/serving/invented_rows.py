@@ -86,9 +86,11 @@ class Inventor:
             if feature.translation is None or feature.column not in columns:
                 continue
             known = self._known[feature.translation]
+            unlisted = manifest.translations[feature.translation].unlisted
             array = columns[feature.column]
             flat = array.flatten() if pa.types.is_list(array.type) else array
-            numbers = pa.array([int(known[value]) for value in flat.to_pylist()], pa.int64())
+            ids = [int(known.get(value, unlisted)) for value in flat.to_pylist()]
+            numbers = pa.array(ids, pa.int64())
             if pa.types.is_list(array.type):
                 numbers = pa.ListArray.from_arrays(array.offsets, numbers)
             result[feature.column] = numbers
@@ -136,15 +138,20 @@ class Inventor:
         Args:
             feature: whose.
             num: how many.
-            is_free: some are missing, and some not those of training; of original ids none are.
+            is_free: some are missing, and some not those of training; of original ids only where
+                those have a row.
         """
         described: IdFeature | RawFeature = self._model.config.all_features[feature.name]
         rng = self._rng
-        if feature.translation is not None:
-            keys = list(self._known[feature.translation])
-            return pa.array([keys[at] for at in rng.integers(0, len(keys), num)])
         # Of five values one is missing and one unknown, from a place that the seed chooses.
         kind = (np.arange(num) + rng.integers(0, 5)) % 5 if is_free else np.full(num, 4)
+        replaced = {0: None, 1: "no such word"}
+        if feature.translation is not None:
+            keys = list(self._known[feature.translation])
+            drawn = [keys[at] for at in rng.integers(0, len(keys), num)]
+            if is_free and self._manifest.translations[feature.translation].unlisted >= 0:
+                drawn = [replaced.get(k, key) for k, key in zip(kind.tolist(), drawn, strict=True)]
+            return pa.array(drawn)
         if isinstance(described, RawFeature):
             return pa.array(rng.uniform(-5, 50, num), mask=kind == 0)
         if described.num_buckets:
@@ -155,7 +162,6 @@ class Inventor:
             # Item ids are of the kind that training had: integers or strings.
             words = self._read(self._manifest.training_items.ids)[:1000] or words
         drawn = [words[at] for at in rng.integers(0, len(words), num)]
-        replaced = {0: None, 1: "no such word"}
         drawn = [replaced.get(k, word) for k, word in zip(kind.tolist(), drawn, strict=True)]
         return pa.array(drawn, pa.string() if isinstance(words[0], str) else pa.int64())
 

@@ -65,6 +65,8 @@ class BestCheckpoint:
         is_better = value == value and (self._value is None or sign * value > sign * self._value)
         if not is_better:
             return ""
+        # A run that was killed and resumed from before its best state meets that step again.
+        self._checkpointer.delete_from(int(state.step))
         self._checkpointer.save(state, self._run.record(metric_value=value))
         self._checkpointer.wait()
         self._value = value

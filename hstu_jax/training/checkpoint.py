@@ -105,14 +105,29 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def save(self, state: state_lib.TrainState, record: Record) -> None:
-        """Starts saving; returns once the arrays are copied and may be donated."""
-        self._manager.save(
+        """Starts saving; returns once the arrays are copied and may be donated.
+
+        Raises:
+            ValueError: the folder has a checkpoint of this step or of a later one.
+        """
+        is_saved = self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(to_named(state)),
                 record=ocp.args.JsonSave(dataclasses.asdict(record)),
             ),
         )
+        if not is_saved:
+            raise ValueError(
+                f"{self._folder}: holds step {self.latest_step()}, so step {int(state.step)} "
+                "cannot be saved there; move the folder away."
+            )
+
+    def delete_from(self, step: int) -> None:
+        """Deletes the checkpoints of a step and of all later ones."""
+        for later in self.all_steps():
+            if later >= step:
+                self._manager.delete(later)
 
     def read_record(self, step: int) -> Record:
         """The record of a checkpoint."""

@@ -115,10 +115,13 @@ def clip(gradients: Any, config: train_schema.GradClippingConfig) -> Any:
 def global_norm(gradients: Any, *, power: float) -> Float[Array, ""]:
     """(sum of |g|^power over every element)^(1 / power); the largest |g| for infinity."""
     leaves = jax.tree.leaves(gradients)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
     if power == float("inf"):
-        return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
-    total = sum(jnp.sum(jnp.abs(leaf) ** power) for leaf in leaves)
-    return total ** (1.0 / power)
+        return largest
+    # Powers of shares of the largest: of the elements themselves they may leave float32's range.
+    unit = jnp.where(largest > 0, largest, 1.0)
+    total = sum(jnp.sum((jnp.abs(leaf) / unit) ** power) for leaf in leaves)
+    return unit * total ** (1.0 / power)
 
 
 def average(

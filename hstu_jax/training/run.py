@@ -272,11 +272,14 @@ def _attention(config) -> str:
     tower = config.user_tower
     if tower.encoder != "hstu":
         return {"sasrec": "softmax", "mean": "none"}[tower.encoder]
-    if config.kernel != "auto":
-        return config.kernel
-    stu = tower.hstu.stu
-    has_bias = stu.use_position_bias or stu.use_time_bias
-    return f"{attention.auto_implementation(has_bias=has_bias)} (auto)"
+    stu, name = tower.hstu.stu, config.kernel
+    if name == "auto":
+        has_bias = stu.use_position_bias or stu.use_time_bias
+        name = f"{attention.auto_implementation(has_bias=has_bias)} (auto)"
+    if tower.hstu.last_layer == "all_positions" or config.objective == "next_item":
+        return name
+    last = "one query a user, by xla"
+    return last if tower.hstu.attn_num_layers == 1 else f"{name}; last layer: {last}"
 
 
 def _where(run: Run, table: str) -> str:

@@ -183,6 +183,11 @@ def _step_gradients(program, train_state, batch) -> tuple[gradients_lib.BatchGra
     )
 
 
+def compute_dtype(config: schema.Config) -> jnp.dtype:
+    """In which the towers compute training batches."""
+    return jnp.dtype("bfloat16" if config.train.mixed_precision == "BF16" else "float32")
+
+
 def batch_gradients(
     program: Program,
     train_state: state.TrainState,
@@ -212,9 +217,8 @@ def batch_gradients(
             for table, rows in picked.items()
         }
         inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
-        if program.config.train.mixed_precision == "BF16":
-            # The model computes in the dtype of its inputs; gradients of rows are float32 again.
-            inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
+        # The model computes in the dtype of its inputs; gradients of rows are float32 again.
+        inputs = jax.tree.map(lambda x: x.astype(compute_dtype(program.config)), inputs)
         towers, changed = program.model.apply(
             train_state.variables(params), inputs, batch, dropout_key, mutable=["batch_stats"]
         )

@@ -189,6 +189,7 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
 
     def towers(params, vectors, batch):
         inputs = feature_lookup.to_lookups(program.plan, batch, vectors)
+        inputs = jax.tree.map(lambda x: x.astype(step.compute_dtype(program.config)), inputs)
         variables = {"params": params, "batch_stats": batch_stats}
         return program.model.apply(variables, inputs, batch, jax.random.key(0))
 
@@ -222,7 +223,10 @@ def _parts(run: run_lib.Run, state: state_lib.TrainState, batch: Any):
 
 
 def _attention_grad(config, batch):
-    """Gradient of every layer's attention on random q, k, v of the layer's own layout."""
+    """Gradient of every layer's attention on random q, k, v of the layer's own layout.
+
+    Without the bias that a layer may have, by the implementation that has one.
+    """
     user_tower = config.model.user_tower
     stu = user_tower.hstu.stu
     layer = match.build_stu_layer(
@@ -237,12 +241,13 @@ def _attention_grad(config, batch):
         rule=layer.rule,
         alpha=layer.alpha,
         divisor=layer.divisor,
-        implementation=config.model.kernel,
+        implementation=config.model.kernel if layer.logit_bias is None else "xla",
     )
     keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (*grid, stu.attention_dim))
-    k = jax.random.normal(keys[1], (*grid, stu.attention_dim))
-    v = jax.random.normal(keys[2], (*grid, stu.hidden_dim))
+    dtype = step.compute_dtype(config)
+    q = jax.random.normal(keys[0], (*grid, stu.attention_dim), dtype)
+    k = jax.random.normal(keys[1], (*grid, stu.attention_dim), dtype)
+    v = jax.random.normal(keys[2], (*grid, stu.hidden_dim), dtype)
     split = user_tower.hstu.attn_truncation_split_layer
     tail = None if batch.tail is None else batch.tail.sequence_layout()
 
@@ -291,10 +296,11 @@ def _projections(run, batch):
     value, qk = stu.num_heads * stu.hidden_dim, stu.num_heads * stu.attention_dim
     width_in, width_out = 2 * qk + (1 + stu.use_gate) * value, (1 + 2 * stu.use_gate) * value
     keys = jax.random.split(jax.random.key(0), 4)
-    tokens = jax.random.normal(keys[0], (num_tokens, stu.embedding_dim))
-    gated = jax.random.normal(keys[1], (num_tokens, width_out))
-    kernel_in = jax.random.normal(keys[2], (stu.embedding_dim, width_in))
-    kernel_out = jax.random.normal(keys[3], (width_out, stu.embedding_dim))
+    dtype = step.compute_dtype(run.config)
+    tokens = jax.random.normal(keys[0], (num_tokens, stu.embedding_dim), dtype)
+    gated = jax.random.normal(keys[1], (num_tokens, width_out), dtype)
+    kernel_in = jax.random.normal(keys[2], (stu.embedding_dim, width_in), dtype)
+    kernel_out = jax.random.normal(keys[3], (width_out, stu.embedding_dim), dtype)
 
     def total(tokens, gated, kernel_in, kernel_out):
         out = jnp.float32(0)
@@ -315,7 +321,7 @@ def _fusable(run, batch):
     between matrix products.
     """
     stu = run.config.model.user_tower.hstu.stu
-    dtype = jnp.bfloat16 if run.config.train.mixed_precision else jnp.float32
+    dtype = step.compute_dtype(run.config)
     num_tokens = _num_slots(run, batch)
     identity = dropout.TokenIdentity(
         user_index=jnp.zeros(num_tokens, jnp.int32), position=jnp.arange(num_tokens)

@@ -63,7 +63,8 @@ _WITH_BIAS = ("xla", "reference")
 def auto_implementation(*, has_bias: bool = False) -> str:
     """Name of the implementation that "auto" takes for the full op on this device.
 
-    A failed self-check, which comes with the first use, can still make it "xla".
+    What comes with the first use can still make it "xla", with a line in the log: a failed
+    self-check, and heads, types or layouts that the kernel refuses (`UnsupportedByKernel`).
 
     Args:
         has_bias: the op is given a `bias`.

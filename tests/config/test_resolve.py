@@ -54,8 +54,15 @@ def test_unknown_field_of_a_feature_names_the_nearest():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model.temperature", -1.0, r"model\.temperature=-1\.0: must be positive and finite\."),
-        ("model.temperature", math.inf, r"model\.temperature=inf: must be positive and finite\."),
+        ("model.temperature", -1.0, r"model\.temperature=-1\.0: must be positive\."),
+        ("model.temperature", math.inf, r"model\.temperature=inf: must be finite\."),
+        ("train.dense_optimizer.lr", math.inf, r"train\.dense_optimizer\.lr=inf: must be finite\."),
+        (
+            "model.user_tower.hstu.stu.qk_bias_init",
+            math.nan,
+            r"model\.user_tower\.hstu\.stu\.qk_bias_init=nan: must be finite\.",
+        ),
+        ("seed", 2**32, r"seed=4294967296: must be in 0 \.\. 2\*\*32 - 1\."),
         ("model.user_tower.max_seq_len", 0, r"max_seq_len=0: must be positive"),
         ("model.user_tower.hstu.input_dropout_ratio", 1.0, r"=1\.0: must be in \[0, 1\)"),
         ("model.user_tower.hstu.stu.scaling_seqlen", 0, r"scaling_seqlen=0: would divide by zero"),

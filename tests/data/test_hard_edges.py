@@ -114,7 +114,11 @@ def test_command_writes_prints_and_refuses(make_store, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"hard_edges.tsv: exists; add --overwrite"):
         prepare.main(command)
     prepare.main([*command, "--overwrite", "--kind", "not_clicked", "--max_per_user", "1"])
-    assert "2 hard edges" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "2 hard edges" in text and "item_input_path" not in text
+    prepare.main([*command, "--overwrite", "--item_weight_exponent", "0.5"])
+    items = f" --config.data.negative_sampler.item_input_path={path.parent / 'items.tsv'}"
+    assert items in capsys.readouterr().out
     # Ids of list columns made from the store: user_index and item_index.
     prepare.main([*command, "--overwrite", "--ids", "index"])
     assert path.read_text().splitlines()[1:] == ["0\t0\t1", "1\t2\t1"]

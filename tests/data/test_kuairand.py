@@ -127,11 +127,26 @@ BAD_ROWS = [
     (row(9, 1, 1_649_347_200), "row 4: time_ms=1649347200 looks like seconds"),
     (row(9, 1, "noon"), "row 4: time_ms=noon is not a whole number (1 rows in all)"),
     (row(9, "", MIDNIGHT_MS), "row 4: video_id=None is not a whole number"),
+    (row(9, 1.5, MIDNIGHT_MS), "row 4: video_id=1.5 is not a whole number"),
+    (row(9, "1e1", MIDNIGHT_MS), "row 4: video_id=1e1 is not a whole number"),
     (row(-3, 1, MIDNIGHT_MS), "row 4: user_id=-3 is negative"),
     (row(9, 1, MIDNIGHT_MS, "00200000"), "row 4: is_follow=2 is not 0 or 1"),
     (row(9, 1, MIDNIGHT_MS, "0000000x"), "row 4: is_profile_enter=x is not 0 or 1"),
     (row(9, 1, MIDNIGHT_MS, play="NaN"), "row 4: play_time_ms=NaN is missing or not usable"),
 ]
+
+
+def test_whole_numbers_may_be_written_as_fractions(tmp_path):
+    raw = write_raw(tmp_path / "raw", [*DAYS, row("4.0", "3.", MIDNIGHT_MS)])
+    store = kuairand.prepare(raw, tmp_path / "store")
+    assert 3 in store.items.item_id and 4 in store.users["user_id"]
+
+
+def test_a_broken_line_far_behind_is_refused(tmp_path):
+    lines = [row(1, item, MIDNIGHT_MS) for item in range(30_000)]
+    raw = write_raw(tmp_path / "raw", [*DAYS, *lines, "1,2"])
+    with pytest.raises(ValueError, match="log_standard_.*: cannot be read as CSV"):
+        kuairand.prepare(raw, tmp_path / "store")
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD_ROWS)

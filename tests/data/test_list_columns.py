@@ -145,9 +145,11 @@ def test_string_item_ids(tmp_path):
     assert histories(list_columns.open_list_columns(config))[0][0] == ["v5", "v6", "v7"]
     rows[3]["cand_seq__video_id"] = [""]
     rows[3]["cand_seq__action_weight"] = rows[3]["cand_seq__watch_time"] = [1]
-    lists.write_both(tmp_path, rows, types={"uih_seq__video_id": kind, "cand_seq__video_id": kind})
-    with pytest.raises(ValueError, match=r"row 3: cand_seq__video_id='': an empty id \(1 in all"):
-        list_columns.open_list_columns(lists.config(tmp_path, features=features))
+    for kind in (kind, pa.large_list(pa.large_string())):
+        types = {"uih_seq__video_id": kind, "cand_seq__video_id": kind}
+        lists.write_both(tmp_path, rows, types=types)
+        with pytest.raises(ValueError, match=r"row 3: cand_seq__video_id='': an empty id \(1 in "):
+            list_columns.open_list_columns(lists.config(tmp_path, features=features))
 
 
 def changed(number, **columns):

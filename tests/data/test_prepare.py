@@ -41,6 +41,17 @@ def test_refused_input_is_a_message(tmp_path):
         prepare.main(["sample", "--out_dir", str(tmp_path / "o"), "--positive_actions", "hug"])
 
 
+def test_what_the_windows_do_not_read_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="--window_events=4: is not read with --window_mode=day"):
+        prepare.main(
+            ["kuairand", "--raw_dir", "raw", "--out_dir", str(tmp_path), "--window_events", "4"]
+        )
+    command = ["sample", "--out_dir", str(tmp_path / "a"), *SMALL, "--item_weight_exponent", "-1"]
+    with pytest.raises(SystemExit, match="item_weight_exponent=-1.0: must not be negative"):
+        prepare.main(command)
+    assert not (tmp_path / "a").exists()
+
+
 def test_jax_is_not_imported():
     root = pathlib.Path(prepare.__file__).parent.parent
     code = "import sys, hstu_jax.prepare; sys.exit('jax' in sys.modules)"

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pyarrow as pa
@@ -105,6 +106,12 @@ def test_wrong_flags_are_refused(given, changed, error, message):
     with flagsaver.as_parsed(**flags_given), pytest.raises(error, match=message):
         export.main()
     assert not pathlib.Path(given["export_dir"]).exists()
+
+
+def test_a_configuration_is_refused(monkeypatch):
+    monkeypatch.setattr(export.cli, "CONFIG", types.SimpleNamespace(value=object()))
+    with pytest.raises(ValueError, match="--config: is not read here, since a checkpoint has its"):
+        export.main()
 
 
 def test_an_error_is_a_message_and_status_2():

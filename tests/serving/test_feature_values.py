@@ -159,9 +159,19 @@ def test_original_ids_become_the_models(tmp_path):
     column = feature_values.from_arrow(pa.array([70, 11, None, 10]), where="f")
     found = rules.translate(column, "item", where="f")
     np.testing.assert_array_equal(found.spread(found.values, -9), [1, -1, -9, 2])
-    words = feature_values.from_arrow(pa.array(["b", "?", "a"]), where="f")
+    words = feature_values.from_arrow(pa.array(["b", "?", "a", None, ""]), where="f")
     found = rules.translate(words, "degree", where="f")
-    np.testing.assert_array_equal(found.spread(found.values, -9), [1, 0, 2])
+    np.testing.assert_array_equal(found.spread(found.values, -9), [1, 0, 2, 0, 0])
+    # An id that is not listed has no text to hash, and is none of the rows.
+    of_ids = described(FEATURES["hash"], tmp_path)
+    mapped = rules.map(
+        rules.translate(column, "item", where="f"),
+        dataclasses.replace(of_ids, translation="item"),
+        where="f",
+    )
+    np.testing.assert_array_equal(mapped.is_unknown, [False, True, False, False])
+    np.testing.assert_array_equal(mapped.places[1:3], [-1, -1])
+    assert mapped.num_missing == 1 and (mapped.places[[0, 3]] >= 0).all()
     with pytest.raises(TypeError, match="original ids are integers here"):
         rules.translate(words, "item", where="f")
     with pytest.raises(TypeError, match="original ids are strings here"):

@@ -175,6 +175,12 @@ def test_export_refreshes_items_and_builds_an_index_by_flags(changed, capsys):
     ):
         with flagsaver.as_parsed(**given, **more), pytest.raises(ValueError, match=message):
             export.main()
+    index_alone = {"export_dir": str(folder), "build_index": "flat", "on_cold_items": "refuse"}
+    with (
+        flagsaver.as_parsed(**index_alone),
+        pytest.raises(ValueError, match="--on_cold_items=refuse: is read where items are written"),
+    ):
+        export.main()
 
 
 def test_errors_end_a_command_as_messages(export_dir, tmp_path, capsys):

@@ -58,6 +58,15 @@ def test_clipping_equals_torch(name):
         assert is_same == (name == "norm_not_reached")
 
 
+@pytest.mark.parametrize(
+    ("power", "values", "norm"),
+    [(2.0, (3e19, -4e19), 5e19), (32.0, (0.03, 0.03), 0.03 * 2 ** (1 / 32)), (8.0, (0.0, 0.0), 0)],
+)
+def test_powers_beyond_float32_do_not_change_a_norm_within_it(power, values, norm):
+    got = gradients.global_norm([jnp.float32(value) for value in values], power=power)
+    np.testing.assert_allclose(got, norm, rtol=1e-6)
+
+
 def test_without_clipping_gradients_are_left_alone():
     first = arrays(RECORD["gradients"][0])
     assert gradients.clip(first, train_schema.GradClippingConfig()) is first

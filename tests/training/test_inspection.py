@@ -109,6 +109,23 @@ def test_the_banner_says_how_even_an_epoch_is(run):
     assert line.strip() == steps.line(1) and "2 groups tokens 1." in line
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "text"),
+    [
+        (1, "attention: one query a user, by xla\n"),
+        (2, "attention: xla (auto); last layer: one query a user, by xla\n"),
+    ],
+)
+def test_the_banner_says_what_computes_attention(run, num_layers, text):
+    state, tower = run_lib.abstract_state(run), run.config.model.user_tower
+    tower = dataclasses.replace(
+        tower, hstu=dataclasses.replace(tower.hstu, attn_num_layers=num_layers)
+    )
+    model = dataclasses.replace(run.config.model, user_tower=tower)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
+    assert text in run_lib.describe(run, state)
+
+
 def test_going_on_makes_no_first_state(small_store, tmp_path, monkeypatch):
     config = with_two_tables(
         small_config(small_store, tmp_path, train__num_steps=1, data__num_groups=2)

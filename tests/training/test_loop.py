@@ -1,9 +1,11 @@
 """`fit`: a stopped run goes on bit for bit, refuses what does not fit, and stops on a bad loss."""
 
+import contextlib
 import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -133,6 +135,23 @@ def test_the_best_validation_is_kept_and_is_one_of_the_average(straight, small_s
     plain_run = dataclasses.replace(result.run, config=other)
     plain = evaluation.evaluate(plain_run, restored.state, eval_set).scalars()
     assert abs(plain["loss"] - found["loss"]) > 1e-5
+
+
+def test_a_better_state_replaces_a_best_one_of_a_later_step(straight, tmp_path):
+    """As after a resume from before it: Orbax saves nothing beside a later step."""
+    config, result, _ = straight
+    run = dataclasses.replace(result.run, config=dataclasses.replace(config, workdir=str(tmp_path)))
+    state = dataclasses.replace(result.state, step=jnp.int32(5))
+    earlier = dataclasses.replace(result.state, step=jnp.int32(3))
+    with contextlib.closing(best.BestCheckpoint(run)) as kept:
+        assert "0.1000, kept" in kept.offer(state, {"recall@50": 0.1})
+    with contextlib.closing(best.BestCheckpoint(run)) as kept:
+        assert kept.offer(earlier, {"recall@50": 0.1}) == ""
+        assert "0.1200, kept" in kept.offer(earlier, {"recall@50": 0.12})
+    with contextlib.closing(run.checkpointer(folder="best")) as there:
+        assert there.all_steps() == [3] and there.read_record(3).metric_value == 0.12
+        with pytest.raises(ValueError, match="best: holds step 3, so step 3 cannot be saved there"):
+            there.save(earlier, run.record())
 
 
 def test_the_best_of_a_run_that_keeps_none(small_store, tmp_path):
