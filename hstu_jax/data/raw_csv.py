@@ -16,6 +16,8 @@ from jaxtyping import Float32, Int32, Int64, Shaped
 
 from hstu_jax.data import schema
 
+_WHOLE = r"\s*[+-]?[0-9]+(\.0*)?\s*"  # a cell with a whole number; "1.0" is one
+
 
 @dataclasses.dataclass(frozen=True)
 class RawLog:
@@ -123,9 +125,6 @@ def read_user_features(path: pathlib.Path) -> RawUsers:
     return RawUsers(user_id=user_id, categories=categories)
 
 
-_WHOLE = r"\s*[+-]?[0-9]+(\.0*)?\s*"
-
-
 @dataclasses.dataclass(frozen=True)
 class _Report:
     """Refuses rows of one file; reads the offending cell again for its message."""
@@ -182,7 +181,8 @@ def _number(column: str, kind: str) -> str:
 
     A bare TRY_CAST of a column is pushed into DuckDB 2.0's CSV reader as a hard cast, which raises
     on the first bad cell (duckdb issue 23818); NULLIF keeps the cast outside and changes nothing.
-    A cast to BIGINT rounds 1.5, which is no whole number; 1.0 is one, as pandas writes it.
+    A cast to BIGINT rounds 1.5, which is no whole number; 1.0 is one, as pandas writes it where
+    another cell of the column is empty.
     """
     number = f"try_cast(nullif(\"{column}\", '') AS {kind})"
     if kind != "BIGINT":
