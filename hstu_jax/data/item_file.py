@@ -102,7 +102,7 @@ def items_of_rows(ids: list[pa.ChunkedArray], *, id_column: str) -> Catalogue:
     """
     distinct = [pc.unique(column) for column in ids if len(column)]
     kinds = {array.type for array in distinct}
-    if any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds):
+    if any(map(raw_columns.is_text, kinds)):
         distinct = [array.cast(pa.string()) for array in distinct]
     else:
         distinct = [array.cast(pa.int64()) for array in distinct]
@@ -135,9 +135,7 @@ def check_id_type(column: pa.ChunkedArray, *, where: str) -> None:
     kind = column.type
     if not len(column):  # the type of no values may be anything
         return
-    if not (
-        pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    ):
+    if not (pa.types.is_integer(kind) or raw_columns.is_text(kind)):
         raise TypeError(f"{where}: type {kind}: ids must be integers or strings.")
     if pa.types.is_uint64(kind):
         largest = pc.max(column).as_py() or 0

@@ -273,8 +273,7 @@ def _as_lists(column: pa.Array, config: SequenceConfig, where: str, row: int) ->
         at = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
         empty = "an empty string" if config.sequence_delim else "an empty list"
         raise ValueError(f"{where}: row {row + at} is null; write {empty} for no entry.")
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if is_text and config.sequence_delim:
+    if raw_columns.is_text(kind) and config.sequence_delim:
         # An empty string is an empty sequence, not one empty value.
         text = pc.if_else(pc.equal(column, ""), pa.scalar(None, kind), column)
         return pc.split_pattern(text, config.sequence_delim)

@@ -244,7 +244,7 @@ def _items(
     catalogue: item_file.Catalogue,
 ) -> np.ndarray:
     ids = sequence.values[column]
-    if pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type):
+    if raw_columns.is_text(ids.type):
         is_empty = pc.equal(ids, "").to_numpy()
         rows.refuse(is_empty, np.full(len(ids), ""), column, "an empty id", lengths=sequence.lengths)
     index = catalogue.index_of(ids)

@@ -94,19 +94,19 @@ def from_arrow(column: pa.Array | pa.ChunkedArray, *, where: str) -> RawColumn:
     kind = array.type
     if pa.types.is_boolean(kind):
         array, kind = array.cast(pa.int8()), pa.int8()
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    if not is_text and not is_number:
+    holds_text = is_text(kind)
+    if not holds_text and not is_number:
         raise TypeError(
             f"{where}: type {column.type}: must be numbers, booleans or strings, or lists of them."
         )
-    if not is_text and array.null_count == 0:
+    if not holds_text and array.null_count == 0:
         return RawColumn(values=array.to_numpy(zero_copy_only=False), offsets=offsets)
-    if is_text:
+    if holds_text:
         array = pc.if_else(pc.equal(array, ""), pa.scalar(None, kind), array)
     coded = array.dictionary_encode()
     words = coded.dictionary
-    if is_text:
+    if holds_text:
         values = np.array(words.to_pylist(), dtype=np.str_)
     else:
         values = words.to_numpy(zero_copy_only=False)
@@ -140,6 +140,11 @@ def split_strings(column: RawColumn, separator: str) -> RawColumn:
     within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts[codes])
     places = flat[np.repeat(first[codes], counts[codes]) + within]
     return RawColumn(values=values, codes=places.astype(np.int32), offsets=offsets)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether an Arrow type is a string, of either size of offsets."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def is_list(kind: pa.DataType) -> bool:

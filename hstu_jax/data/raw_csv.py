@@ -5,10 +5,11 @@ file, header = row 1), column, value and how many more. Not here: what the colum
 (`kuairand.py`, the next file on the path).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import duckdb
 import numpy as np
@@ -74,7 +75,8 @@ def read_log(path: pathlib.Path, *, flags: Mapping[str, str], max_bad_watch_shar
             f"SELECT user_id, video_id, time_ms, {bits} AS action, coalesce({valid}, false) AS ok, "
             f"play FROM (SELECT {casts}, {_number('play_time_ms', 'DOUBLE')} AS play FROM {source})"
         )
-        columns = _read(connection, query, path)
+        with _reading(path):
+            columns = connection.execute(query).fetchnumpy()
         report = _Report(connection, path)
         user, video = report.whole("user_id", columns), report.whole("video_id", columns)
         time_ms = report.whole("time_ms", columns)
@@ -116,7 +118,8 @@ def read_user_features(path: pathlib.Path) -> RawUsers:
         _check_header(connection, path, ("user_id", *schema.USER_CATEGORIES))
         names = ", ".join(f"coalesce({name}, '') AS {name}" for name in schema.USER_CATEGORIES)
         query = f"SELECT {_number('user_id', 'BIGINT')} AS user_id, {names} FROM {_source(path)}"
-        columns = _read(connection, query, path)
+        with _reading(path):
+            columns = connection.execute(query).fetchnumpy()
         user_id = _Report(connection, path).whole("user_id", columns)
     categories = {
         name: np.asarray(columns[name], dtype=object).astype(object)
@@ -164,14 +167,11 @@ def _set_up(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("SET enable_progress_bar = false")
 
 
-def _read(connection: duckdb.DuckDBPyConnection, query: str, path: pathlib.Path):
-    """The columns of a query over a file.
-
-    Raises:
-      ValueError: a line that DuckDB met behind those that it had looked at first.
-    """
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    """Makes ValueErrors of what DuckDB cannot read, also of lines behind those it looks at first."""
     try:
-        return connection.execute(query).fetchnumpy()
+        yield
     except duckdb.Error as error:
         raise ValueError(f"{path}: cannot be read as CSV ({error}).") from error
 
@@ -201,10 +201,8 @@ def _source(path: pathlib.Path) -> str:
 def _check_header(
     connection: duckdb.DuckDBPyConnection, path: pathlib.Path, needed: Sequence[str]
 ) -> None:
-    try:
+    with _reading(path):
         rows = connection.execute(f"DESCRIBE SELECT * FROM {_source(path)}").fetchall()
-    except duckdb.Error as error:
-        raise ValueError(f"{path}: cannot be read as CSV ({error}).") from error
     present = [row[0] for row in rows]
     for name in needed:
         if name not in present:

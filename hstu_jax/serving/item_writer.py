@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu_jax.serving import artifact as artifact_lib
-from hstu_jax.serving import item_folder, unfinished
+from hstu_jax.serving import feature_values, item_folder, unfinished
 from hstu_jax.serving import manifest as manifest_lib
 
 BATCH_ROWS = 8192
@@ -295,7 +295,7 @@ def item_ids(batch: pa.RecordBatch, name: str, *, where: str) -> np.ndarray:
                 f"{where} column {name}: an id is 2^63 or more ({error}); write such ids as "
                 "strings."
             ) from None
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+    if feature_values.is_text(array.type):
         return np.array(array.to_pylist(), dtype=np.str_)
     raise TypeError(
         f"{where} column {name}: type {array.type}: item ids must be integers or strings."

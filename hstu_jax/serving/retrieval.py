@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hstu_jax.serving import index_folder, item_index, parquet_parts, top_k
+from hstu_jax.serving import feature_values, index_folder, item_index, parquet_parts, top_k
 from hstu_jax.serving.artifact import Artifact
 from hstu_jax.serving.search_catalogue import Exclusions
 
@@ -189,8 +189,7 @@ def list_items(artifact: Artifact, table: pa.Table, column: str) -> Exclusions:
     """
     values = _one_array(table[column])
     delimiter = artifact.manifest.history.sequence_delim
-    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-    if is_text and delimiter:
+    if feature_values.is_text(values.type) and delimiter:
         text = pc.if_else(pc.equal(values, ""), pa.scalar(None, values.type), values)
         values = pc.split_pattern(text, delimiter)
     elif not hasattr(values, "value_lengths"):

@@ -248,7 +248,7 @@ def _program(config, host, chip):
 
 def _compute(config, found, hidden_flops, shape, rates):
     """Seconds of products and attention of a step, and lines that say how they come about."""
-    dtype = "bfloat16" if config.train.mixed_precision else "float32"
+    dtype = step.compute_dtype(config).name
     num_users = (
         config.data.num_groups
         * config.train.gradient_accumulation_steps

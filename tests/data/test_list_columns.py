@@ -148,7 +148,8 @@ def test_string_item_ids(tmp_path):
     for kind in (kind, pa.large_list(pa.large_string())):
         types = {"uih_seq__video_id": kind, "cand_seq__video_id": kind}
         lists.write_both(tmp_path, rows, types=types)
-        with pytest.raises(ValueError, match=r"row 3: cand_seq__video_id='': an empty id \(1 in "):
+        message = r"row 3: cand_seq__video_id='': an empty id \(1 in all"
+        with pytest.raises(ValueError, match=message):
             list_columns.open_list_columns(lists.config(tmp_path, features=features))
 
 
@@ -325,6 +326,9 @@ def test_item_file(tmp_path):
     write([9, 8, 7, 6])
     message = "a.parquet row 0: uih_seq__video_id=5: no such item in data.list_columns.item_input_"
     with pytest.raises(ValueError, match=re.escape(message)):
+        list_columns.open_list_columns(config)
+    write(["9", ""])
+    with pytest.raises(ValueError, match="column video_id: row 1 is empty; every item needs an id"):
         list_columns.open_list_columns(config)
     write([9, 8, 9])
     with pytest.raises(ValueError, match="column video_id: id 9 is on two rows"):

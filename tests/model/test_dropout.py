@@ -109,7 +109,8 @@ def test_no_key_and_rate_zero_change_nothing():
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 0.999999])
 def test_rates_that_drop_everything_or_less_than_nothing_are_refused(rate):
-    with pytest.raises(ValueError, match=rf"rate={rate}: must be in \[0, 1\) also when rounded"):
+    rule = r"must be in \[0, 1\) also when rounded to a multiple of 2\*\*-16; 0 switches"
+    with pytest.raises(ValueError, match=f"rate={rate}: {rule}"):
         dropout.keep_threshold(rate)
 
 
